@@ -1,0 +1,171 @@
+"""
+The model forward that returns the exact KL beside TRL's log-probs and entropy.
+
+TRL asks the wrapped model for log-probs, `model(..., labels=..., fused_lm_head=True)`. The exact KL is computed in that
+same call, from the same backbone pass, so that DDP, FSDP and DeepSpeed see one forward and one backward.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from ._upstream import FusedCausalLMOutput, HeadSettings
+from .fused_head import fused_token_stats
+
+
+@dataclass
+class ExactKLOutput(FusedCausalLMOutput):
+    """
+    TRL's fused output for the T completion tokens, and what the exact KL adds.
+
+    Args:
+        kl (`torch.Tensor` of shape `(B, T)`):
+            KL of the policy to the reference over the vocabulary, in nats.
+        ref_log_probs (`torch.Tensor` of shape `(B, T)`):
+            Reference log-prob of each token, without gradient.
+        hidden_states (`torch.Tensor` of shape `(B, L - 1, H)`):
+            Last hidden states of the positions that predict a token; only of a pass that keeps them, whose
+            `log_probs` are NaN since no head was run.
+    """
+
+    kl: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+
+
+class ReferenceHead:
+    """The head of the reference, known once its first pass has run; under LoRA it is the policy's own."""
+
+    module: nn.Module | None = None
+
+
+def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: ReferenceHead) -> None:
+    """
+    Let `model`, which TRL gave a fused head, take part in the exact KL.
+
+    `model(..., labels=..., keep_hidden_states=True)` is a pass of the reference: it runs the backbone only and notes
+    the head in `reference`. `model(..., labels=..., ref_hidden_states=...)` is a pass of the policy and returns
+    [`ExactKLOutput`]. Any other call is the model's own.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal language model under any PEFT, DDP, FSDP or DeepSpeed wrapper.
+        settings (`HeadSettings`):
+            How hidden states become logits, as TRL resolved it.
+        reference (`ReferenceHead`):
+            Shared by the policy and the reference.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def exact_kl_forward(self, *args, keep_hidden_states=False, ref_hidden_states=None, **kwargs):
+        if not keep_hidden_states and ref_hidden_states is None:
+            return forward(*args, **kwargs)
+        labels = kwargs.pop("labels")[:, 1:]
+        kwargs.pop("fused_lm_head")
+        outputs = self.base_model(*args, use_cache=False, **kwargs)
+        hidden_states = outputs.last_hidden_state[:, :-1]
+        head = _leaf_head(self)
+        if keep_hidden_states:
+            reference.module = head
+            return ExactKLOutput(
+                log_probs=hidden_states.new_full(labels.shape, torch.nan), hidden_states=hidden_states
+            )
+        num_tokens = ref_hidden_states.size(1)
+        output = _token_stats(
+            hidden_states[:, -num_tokens:],
+            head,
+            labels[:, -num_tokens:],
+            ref_hidden_states,
+            reference.module,
+            settings,
+        )
+        if kwargs.get("output_router_logits"):
+            text_config = self.config.get_text_config()
+            output.aux_loss = load_balancing_loss_func(
+                outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                kwargs.get("attention_mask"),
+            )
+        return output
+
+    model.forward = types.MethodType(exact_kl_forward, model)
+
+
+def _leaf_head(model: PreTrainedModel) -> nn.Module:
+    """The LM head that is active now: PEFT keeps a trained copy beside the original one in `modules_to_save`."""
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    return head
+
+
+def _gathered(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The whole tensor of a parameter that FSDP2 keeps sharded outside the forward."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _token_stats(
+    hidden_BTH: torch.Tensor,
+    head: nn.Module,
+    labels_BT: torch.Tensor,
+    ref_hidden_BTH: torch.Tensor,
+    ref_head: nn.Module | None,
+    settings: HeadSettings,
+) -> ExactKLOutput:
+    """Run the fused head on the labelled tokens only, and put its statistics back in place."""
+    weight, bias = _gathered(head.weight), _gathered(head.bias)
+    hidden_BTH = hidden_BTH.to(weight.device)
+    mask_BT = (labels_BT != -100).to(weight.device)
+    own_head = ref_head is head
+    ref_hidden_NH = ref_hidden_BTH.to(weight.device)[mask_BT]
+    hidden_NH = hidden_BTH[mask_BT]
+    context: Any = nullcontext()
+    if settings.cast_to_fp32:
+        hidden_NH, ref_hidden_NH = hidden_NH.float(), ref_hidden_NH.float()
+        context = torch.autocast(weight.device.type, enabled=False)
+    with context:
+        stats = fused_token_stats(
+            hidden_NH,
+            weight,
+            labels_BT.to(weight.device)[mask_BT],
+            ref_hidden_NH,
+            None if own_head else _gathered(ref_head.weight).to(weight.device),
+            bias=bias,
+            ref_bias=None if own_head else _gathered(ref_head.bias),
+            temperature=settings.temperature,
+            logit_scale=settings.logit_scale,
+            softcap=settings.softcap,
+        )
+    logp, entropy, kl, ref_logp = (x.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x) for x in stats)
+    return ExactKLOutput(log_probs=logp, entropy=entropy, label_mask=mask_BT, kl=kl, ref_log_probs=ref_logp)
+
+
+class ModelCall:
+    """
+    A model as TRL calls it, with keyword arguments added to each call and each output shown to `on_output`.
+
+    TRL's loss and its reference pass take a `model` argument and do nothing with it but call it, so this is how more
+    goes in and comes out without touching their bodies.
+    """
+
+    def __init__(self, model: nn.Module, on_output: Callable[[Any], None], **extra: Any):
+        self.model = model
+        self.on_output = on_output
+        self.extra = extra
+
+    def __call__(self, **kwargs: Any) -> Any:
+        output = self.model(**kwargs, **self.extra)
+        self.on_output(output)
+        return output

@@ -1,0 +1,64 @@
+"""The reference policy of the exact KL: run once per generated batch, its last hidden states kept."""
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ._upstream import head_settings
+from .policy_forward import ExactKLOutput, ModelCall, ReferenceHead, add_exact_kl
+
+
+def base_language_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model under PEFT, on which TRL patches `forward`."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class CachedReference:
+    """
+    Catches TRL's own reference pass, so that image inputs and adapters are TRL's business, and keeps its hidden states.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy.
+        ref_model (`nn.Module` or `None`):
+            TRL's separate reference model, as prepared by accelerate; `None` with PEFT, where it is the policy without
+            its adapter or with the frozen adapter `"ref"`.
+        accelerator (`Accelerator`):
+            To unwrap the models.
+    """
+
+    def __init__(self, model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator):
+        self.policy = model
+        self.ref_model = ref_model
+        policy = base_language_model(model)
+        settings, ref_head = head_settings(policy.forward), ReferenceHead()
+        add_exact_kl(policy, settings, ref_head)
+        if ref_model is not None:
+            add_exact_kl(accelerator.unwrap_model(ref_model), settings, ref_head)
+        self._hidden_states: list[torch.Tensor] = []
+
+    def is_reference(self, model: nn.Module) -> bool:
+        """Whether a forward of `model` now is the reference's, which with PEFT depends on the active adapter."""
+        if self.ref_model is not None:
+            return model is self.ref_model
+        status = self.policy.get_model_status()
+        return status.enabled is False or status.active_adapters == ["ref"]
+
+    def recorded(self, model: nn.Module, num_tokens: int) -> ModelCall:
+        """`model` to call for a reference pass, in as many slices as TRL likes, over the last `num_tokens` tokens."""
+        self._hidden_states = []
+
+        def keep(output: ExactKLOutput) -> None:
+            # A copy, so that the prompt's hidden states can be freed
+            self._hidden_states.append(output.hidden_states[:, -num_tokens:].clone())
+
+        return ModelCall(model, keep, keep_hidden_states=True)
+
+    def take(self) -> torch.Tensor:
+        """Hidden states `(B, T, H)` of the batch just generated, handed over once."""
+        slices, self._hidden_states = self._hidden_states, []
+        if not slices:
+            raise RuntimeError("TRL generated a batch without a pass of the reference; the exact KL needs one.")
+        return torch.cat(slices)

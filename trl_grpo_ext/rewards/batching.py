@@ -1,0 +1,66 @@
+"""Reward-model forwards cut by a token budget, so that their memory follows the budget and not the batch."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """
+    Cut completions into batches of at most `max_tokens` padded tokens, longest first.
+
+    Args:
+        lengths (`list[int]`):
+            Tokens of each sequence.
+        max_tokens (`int`):
+            Bound on sequences x longest sequence of a batch; a longer sequence makes a batch of its own.
+
+    Returns:
+        `list[list[int]]`: indices into `lengths`, each exactly once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # Sorted by length, so the batch's first sequence is its longest
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class TokenBatchedModel(nn.Module):
+    """
+    A sequence-classification reward model that scores its batch in [`token_batches`], in the original order.
+
+    Args:
+        model (`nn.Module`):
+            The reward model, as prepared by accelerate; its inputs must be padded on the right.
+        max_tokens (`int`):
+            Padded tokens per forward.
+        accelerator (`Accelerator`):
+            Used to run as many forwards on every process, without which a sharded model would wait for ever.
+    """
+
+    def __init__(self, model: nn.Module, max_tokens: int, accelerator: Accelerator):
+        super().__init__()
+        self.model = model
+        self.max_tokens = max_tokens
+        self.accelerator = accelerator
+
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
+        lengths = attention_mask.sum(1).tolist()
+        batches = token_batches(lengths, self.max_tokens)
+        count = self.accelerator.gather(torch.tensor([len(batches)], device=attention_mask.device))
+        scored: list[tuple[list[int], Any]] = []
+        for number in range(int(count.max())):
+            rows = batches[min(number, len(batches) - 1)]
+            width = max(lengths[rows[0]], 1)
+            cut = {name: values[rows, :width] for name, values in inputs.items()}
+            scored.append((rows, self.model(attention_mask=attention_mask[rows, :width], **cut).logits))
+        logits = scored[0][1].new_empty(len(lengths), *scored[0][1].shape[1:])
+        for rows, values in scored:
+            logits[rows] = values
+        return SequenceClassifierOutput(logits=logits)

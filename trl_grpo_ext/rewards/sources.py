@@ -1,0 +1,78 @@
+"""Reward functions whose token and step rewards are remembered while TRL sees one number per completion."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .._upstream import is_async_callable
+from .transforms import transform_reward
+from .types import Reward, StepRewards, read_reward
+
+
+REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "sum": math.fsum,
+    "mean": lambda values: math.fsum(values) / len(values),
+    "min": min,
+    "prod": math.prod,
+    "last": lambda values: values[-1],
+}
+
+
+class RewardSource:
+    """
+    A reward function as TRL calls it, which also keeps the token and step rewards of its last batch.
+
+    TRL expects one number per completion. The rewards are checked, transformed and kept in `rewards`; TRL gets floats
+    as they are, and steps brought to one number by the function's attribute `reduce`: `"sum"` (default), `"mean"`,
+    `"min"`, `"prod"` or `"last"`.
+
+    Args:
+        function (`Callable`):
+            The user's reward function.
+        name (`str`):
+            Its name in logs and errors.
+        transform (`str`, *optional*, defaults to `"none"`):
+            A reward transform, see [`~trl_grpo_ext.rewards.transforms.parse_transform`].
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, transform: str = "none"):
+        self.function = function
+        self.name = name
+        self.transform = transform
+        # An attribute of the user's function, absent on most
+        self.reduce = getattr(function, "reduce", "sum")
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(
+                f"reward source '{name}': `reduce` is {self.reduce!r}; known: {', '.join(map(repr, REDUCTIONS))}."
+            )
+        self.rewards: list[Reward] = []
+
+    def read(self, returned: Sequence[Any], completion_ids: Sequence[Sequence[int]]) -> list[float | None]:
+        """Keep what the function returned for this batch and give TRL one number, or None, per completion."""
+        returned = list(returned)
+        if len(returned) != len(completion_ids):
+            raise ValueError(
+                f"reward source '{self.name}' returned {len(returned)} rewards for {len(completion_ids)} completions."
+            )
+        self.rewards = []
+        for index, (value, ids) in enumerate(zip(returned, completion_ids, strict=True)):
+            where = f"reward source '{self.name}', completion {index}"
+            self.rewards.append(transform_reward(read_reward(value, len(ids), where), self.transform, where))
+        reduce = REDUCTIONS[self.reduce]
+        return [reduce(r.values) if isinstance(r, StepRewards) else r for r in self.rewards]
+
+    def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        return self.read(self.function(completion_ids=completion_ids, **kwargs), completion_ids)
+
+
+class AsyncRewardSource(RewardSource):
+    """[`RewardSource`] of a coroutine function; TRL awaits all of them together."""
+
+    async def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:  # type: ignore[override]
+        return self.read(await self.function(completion_ids=completion_ids, **kwargs), completion_ids)
+
+
+def reward_source(function: Callable[..., Any], name: str, transform: str = "none") -> RewardSource:
+    """Wrap a reward function, synchronous or not."""
+    kind = AsyncRewardSource if is_async_callable(function) else RewardSource
+    return kind(function, name, transform)

@@ -1,0 +1,132 @@
+"""What a reward source may return for one completion, and how it is checked."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepRewards:
+    """
+    One reward for each step of a completion, placed on the step's last token.
+
+    Args:
+        ends (`Sequence[int]`):
+            Index into `completion_ids` of each step's last token, strictly increasing, in `[0, len(completion_ids))`.
+        values (`Sequence[float]`):
+            Reward of each step, finite, as many as `ends`.
+
+    Example:
+
+    ```python
+    >>> def judge(completions, completion_ids, **kwargs):
+    ...     return [StepRewards(ends=[4, 9, 14], values=[1.0, 1.0, 0.0]) for _ in completions]
+    ```
+    """
+
+    ends: Sequence[int]
+    values: Sequence[float]
+
+
+# What is left after reading: a number for the whole completion, rewards on tokens, or no judgement
+Reward = float | StepRewards | None
+
+
+def _plain(value: Any) -> Any:
+    """NumPy and torch scalars and arrays as Python numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _finite(values: Sequence[Any], where: str, field: str) -> list[float]:
+    for position, value in enumerate(values):
+        if not isinstance(value, Real):
+            raise TypeError(f"{where}: {field}[{position}] is {value!r}, which is not a number.")
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {field}[{position}] is {value!r}; rewards must be finite.")
+    return [float(value) for value in values]
+
+
+def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
+    ends, values = list(_plain(reward.ends)), list(_plain(reward.values))
+    if len(ends) != len(values):
+        raise ValueError(f"{where}: StepRewards has {len(ends)} `ends` but {len(values)} `values`.")
+    values = _finite(values, where, "values")
+    previous = -1
+    for position, end in enumerate(ends):
+        if isinstance(end, bool) or not isinstance(end, int):
+            raise TypeError(f"{where}: ends[{position}] is {end!r}, which is not a token index.")
+        if not 0 <= end < length:
+            raise ValueError(f"{where}: ends[{position}] is {end}, outside the completion's {length} tokens.")
+        if end <= previous:
+            raise ValueError(f"{where}: ends[{position}] is {end} after {previous}; ends must increase.")
+        previous = end
+    return StepRewards(ends, values) if ends else None
+
+
+def read_reward(value: Any, length: int, where: str) -> Reward:
+    """
+    Check what a source returned for one completion and bring it to a plain form.
+
+    A list of `length` floats becomes [`StepRewards`] with a step at every token; [`StepRewards`] without steps becomes
+    `None`, since nothing was judged.
+
+    Args:
+        value (`float`, `Sequence[float]`, `StepRewards` or `None`):
+            The returned value; NumPy and torch scalars and 1-d arrays count as numbers and lists.
+        length (`int`):
+            Number of tokens of the completion.
+        where (`str`):
+            Names the source and the completion in errors.
+
+    Raises:
+        TypeError: not one of the four forms.
+        ValueError: NaN or infinite rewards, a token list of another length, or `ends` out of range or not increasing.
+    """
+    value = _plain(value)
+    if value is None:
+        return None
+    if isinstance(value, StepRewards):
+        return _read_steps(value, length, where)
+    if isinstance(value, Real):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: the reward is {value!r}; return None where the source does not judge.")
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        if len(value) != length:
+            raise ValueError(f"{where}: {len(value)} token rewards for a completion of {length} tokens.")
+        return StepRewards(list(range(length)), _finite(value, where, "token rewards"))
+    raise TypeError(
+        f"{where}: got {type(value).__name__}; a reward is a float, a list of floats as long as the completion, "
+        "StepRewards or None."
+    )
+
+
+def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Put one source's rewards on the tokens that carry them; NaN everywhere else.
+
+    A float sits on the completion's last token inside the loss mask; a step's value on the step's last token.
+
+    Args:
+        rewards (`Sequence[float | StepRewards | None]` of length B):
+            What [`read_reward`] returned.
+        mask_BT (`torch.Tensor` of shape `(B, T)`):
+            Loss mask, 1 for tokens that are trained on.
+        dtype (`torch.dtype`):
+            Floating dtype of the result.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+    """
+    placed_BT = torch.full(mask_BT.shape, torch.nan, dtype=dtype)
+    mask_BT = mask_BT.bool().cpu()
+    for row, reward in enumerate(rewards):
+        if isinstance(reward, StepRewards):
+            placed_BT[row, torch.tensor(reward.ends)] = torch.tensor(reward.values, dtype=dtype)
+        elif reward is not None and mask_BT[row].any():
+            placed_BT[row, mask_BT[row].nonzero()[-1]] = reward
+    return placed_BT

@@ -1,0 +1,356 @@
+"""The trainer: TRL's, with our advantages in the batch and our KL in the loss."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._upstream import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
+from .aggregation import process_advantages
+from .config import GRPOExtConfig
+from .importance import sequence_token_old_logps
+from .kl import importance_ratio, kl_estimate, weight_by_ratio
+from .policy_forward import ModelCall
+from .reduction import reduce_tokens
+from .reference import CachedReference
+from .rewards.batching import TokenBatchedModel
+from .rewards.sources import RewardSource, reward_source
+from .rewards.transforms import transform_reward
+from .rewards.types import place_rewards, read_reward
+
+
+class GRPOExtTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with process supervision, several weighted reward sources at token level and an exact KL.
+
+    Takes the same arguments; `args` is a [`GRPOExtConfig`]. With its new fields at their defaults, training is TRL's.
+    A reward function may return, for each completion, a float, a list of floats as long as `completion_ids`,
+    [`StepRewards`], or `None`.
+
+    Example:
+
+    ```python
+    >>> from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, StepRewards
+
+    >>> def judge_steps(completion_ids, **kwargs):
+    ...     return [StepRewards(ends=[len(ids) // 2, len(ids) - 1], values=[1.0, 0.0]) for ids in completion_ids]
+
+    >>> trainer = GRPOExtTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=[judge_steps],
+    ...     args=GRPOExtConfig(supervision="process", beta=0.01, kl_estimator="exact"),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Raises:
+        TypeError: `args` is not a [`GRPOExtConfig`].
+        ValueError: a number of weights, gammas or transforms that differs from the number of reward sources, or a
+            combination that is not supported, with the reason.
+    """
+
+    args: GRPOExtConfig
+
+    _tag_names = [*GRPOTrainer._tag_names, "trl-grpo-ext"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOExtConfig | None = None,
+        *positional: Any,
+        **keywords: Any,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GRPOExtConfig(f"{model_name.split('/')[-1]}-GRPO")
+        if not isinstance(args, GRPOExtConfig):
+            raise TypeError(
+                f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
+            )
+        super().__init__(model, reward_funcs, args, *positional, **keywords)
+        self._check_sources()
+        self._check_separator()
+        self._wrap_sources()
+
+        self._sequence_token = args.importance_sampling_level == "sequence_token"
+        if self._sequence_token:
+            # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
+            self.importance_sampling_level = "token"
+        self._reference = None
+        if args.kl_estimator == "exact":
+            self._reference = CachedReference(self.model, self.ref_model, self.accelerator)
+        self._rewards_per_func = torch.empty(0)
+
+    def _check_sources(self) -> None:
+        names = self.reward_func_names
+        for field in ("gamma", "reward_transforms"):
+            values = vars(self.args)[field]
+            if isinstance(values, list) and len(values) != len(names):
+                raise ValueError(
+                    f"{field} has {len(values)} entries for {len(names)} reward sources ({', '.join(names)})."
+                )
+
+    def _check_separator(self) -> None:
+        separator = self.args.prompt_separator
+        if separator is None:
+            self._separator_ids: list[int] = []
+            return
+        if self._is_vlm or self.rollout_func is not None:
+            culprit = "a vision-language model" if self._is_vlm else "rollout_func"
+            raise ValueError(
+                f"prompt_separator does not work with {culprit}, which tokenizes prompts by itself; write the separator "
+                "into the prompts instead."
+            )
+        self._separator_ids = self._tokenizer(separator, add_special_tokens=False)["input_ids"]
+        if not self._separator_ids:
+            raise ValueError(f"prompt_separator {separator!r} has no tokens in this tokenizer.")
+
+    def _wrap_sources(self) -> None:
+        """Reward functions become [`RewardSource`]; reward models get their token budget."""
+        budget = self.args.reward_batch_tokens
+        self._transforms = self.args.reward_transforms or ["none"] * len(self.reward_funcs)
+        sources: list[Any] = []
+        for source, name, transform in zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True):
+            if not isinstance(source, nn.Module):
+                sources.append(reward_source(source, name, transform))
+            else:
+                sources.append(source if budget is None else TokenBatchedModel(source, budget, self.accelerator))
+        # A list of our own: the user's keeps the user's functions
+        self.reward_funcs = sources
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, Any, dict]:
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        return [[*ids, *self._separator_ids] for ids in prompt_ids], images, multimodal_fields
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for k, source in enumerate(self.reward_funcs):
+            if isinstance(source, nn.Module):
+                rewards_per_func[:, k] = self._model_rewards(rewards_per_func[:, k], k)
+        self._rewards_per_func = rewards_per_func
+        return rewards_per_func
+
+    def _model_rewards(self, rewards_N: torch.Tensor, k: int) -> torch.Tensor:
+        """Check and transform what reward model k gave, as [`RewardSource`] does for functions."""
+        where = f"reward source '{self.reward_func_names[k]}'"
+        for index, value in enumerate(rewards_N.tolist()):
+            read_reward(value, 0, f"{where}, completion {index}")
+        values = [transform_reward(value, self._transforms[k], where) for value in rewards_N.tolist()]
+        return rewards_N.new_tensor(values)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
+            model = self._reference.recorded(model, logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self._reference is not None:
+            output["ref_hidden_states"] = self._reference.take()
+            # The reference ran without its head, so these are NaN
+            del output["ref_per_token_logps"]
+        mode = "train" if self.model.training else "eval"
+        mask_BT = _loss_mask(output)
+        if self.args.supervision == "process":
+            output["advantages"] = self._process_advantages(mask_BT, mode)
+        elif self.args.advantage_eps != ADVANTAGE_EPS:
+            output["advantages"] = self._outcome_advantages(mode)
+        self._log_advantages(output["advantages"], mask_BT, mode)
+        return output
+
+    def _gather_tokens(self, values: torch.Tensor, padding: float) -> torch.Tensor:
+        """Gather `(B, ..., T)` of every process, padded to the longest T."""
+        padded = self.accelerator.pad_across_processes(values, dim=values.ndim - 1, pad_index=padding)
+        return self.accelerator.gather(padded)
+
+    def _local(self, values_N: torch.Tensor, num_completions: int) -> torch.Tensor:
+        start = self.accelerator.process_index * num_completions
+        return values_N[start : start + num_completions]
+
+    @property
+    def _advantage_dtype(self) -> torch.dtype:
+        # Apple's GPUs have no float64
+        return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+
+    def _advantage_options(self, mode: str) -> dict[str, Any]:
+        return {
+            "group_size": self.num_generations if mode == "train" else self.num_generations_eval,
+            "aggregation": self.multi_objective_aggregation,
+            "scale": self.scale_rewards,
+            "eps": self.args.advantage_eps,
+        }
+
+    def _outcome_advantages(self, mode: str) -> torch.Tensor:
+        """TRL's scalar advantages with another epsilon: completions of one token."""
+        rewards_KN1 = self._rewards_per_func.to(self._advantage_dtype).T.unsqueeze(-1)
+        mask_N1 = torch.ones_like(rewards_KN1[0], dtype=torch.bool)
+        advantages_N1 = process_advantages(
+            rewards_KN1, mask_N1, self.reward_weights, estimator="position", gamma=1.0, **self._advantage_options(mode)
+        )
+        return self._local(advantages_N1[:, 0].float(), len(advantages_N1) // self.accelerator.num_processes)
+
+    def _process_advantages(self, mask_BT: torch.Tensor, mode: str) -> torch.Tensor:
+        """Advantages `(B, T)` of this process, normalised over the groups of all processes."""
+        dtype, device = self._advantage_dtype, self.accelerator.device
+        scores_KB = self._local(self._rewards_per_func, len(mask_BT)).T.tolist()
+        rewards_BKT = torch.stack(
+            [
+                place_rewards(source.rewards if isinstance(source, RewardSource) else scores, mask_BT, dtype)
+                for source, scores in zip(self.reward_funcs, scores_KB, strict=True)
+            ],
+            dim=1,
+        )
+        rewards_KNT = self._gather_tokens(rewards_BKT.to(device), torch.nan).transpose(0, 1)
+        mask_NT = self._gather_tokens(mask_BT.long(), 0).bool()
+        advantages_NT = process_advantages(
+            rewards_KNT,
+            mask_NT,
+            self.reward_weights.to(device),
+            estimator=self.args.process_advantage,
+            gamma=self.args.gamma,
+            gamma_unit=self.args.gamma_unit,
+            baseline=self.args.position_baseline,
+            **self._advantage_options(mode),
+        )
+        self._log_steps(rewards_KNT.where(mask_NT, torch.nan), mode)
+        return self._local(advantages_NT, len(mask_BT))[:, : mask_BT.size(1)].float()
+
+    def _log_steps(self, rewards_KNT: torch.Tensor, mode: str) -> None:
+        for name, rewards_NT in zip(self.reward_func_names, rewards_KNT, strict=True):
+            given_NT = ~rewards_NT.isnan()
+            steps = rewards_NT[given_NT]
+            steps_per_completion = given_NT.sum(1)[given_NT.any(1)].float().mean()
+            metrics = {"step_mean": steps.mean(), "step_std": steps.std(), "steps": steps_per_completion}
+            for metric, value in metrics.items():
+                self._metrics[mode][f"rewards/{name}/{metric}"].append(value.item())
+
+    def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor, mode: str) -> None:
+        """Log the advantages that are trained on: in the completions table, each completion's mean over its tokens."""
+        if advantages.ndim == 1:
+            positive, counted, means_B = (advantages > 0), torch.ones_like(advantages), advantages
+        else:
+            counted = mask_BT
+            positive = (advantages > 0) & mask_BT
+            means_B = advantages.sum(1) / mask_BT.sum(1).clamp(min=1)
+        means = self.accelerator.gather(means_B).tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(means), len(logged))):
+            logged.pop()
+        logged.extend(means)
+        shares = self.accelerator.reduce(torch.stack([positive.sum(), counted.sum()]).float(), reduction="sum")
+        self._metrics[mode]["advantages/positive_share"].append((shares[0] / shares[1].clamp(min=1)).item())
+        for k, name in enumerate(self.reward_func_names):
+            unjudged = self._rewards_per_func[:, k].isnan().float().mean()
+            self._metrics[mode][f"rewards/{name}/unjudged"].append(unjudged.item())
+
+    @contextmanager
+    def _without_trl_kl(self) -> Iterator[None]:
+        """With `beta` at 0, TRL's loss has neither its KL term nor its KL metric."""
+        beta, self.beta = self.beta, 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _compute_loss(self, model, inputs):
+        inputs = dict(inputs)
+        outputs: list[Any] = []
+
+        def on_output(output: Any) -> None:
+            outputs.append(output)
+            if self._sequence_token:
+                self._set_sequence_ratio(output, inputs)
+
+        extra = {} if self._reference is None else {"ref_hidden_states": inputs.pop("ref_hidden_states")}
+        call = ModelCall(model, on_output, **extra)
+        if self.args.uses_trl_kl:
+            loss = super()._compute_loss(call, inputs)
+        else:
+            with self._without_trl_kl():
+                loss = super()._compute_loss(call, inputs)
+        return self._add_kl(loss, outputs[0], inputs)
+
+    def _set_sequence_ratio(self, output: Any, inputs: dict[str, Any]) -> None:
+        logp_BT = _completion_logps(output, inputs)
+        if "old_per_token_logps" in inputs:
+            inputs["old_per_token_logps"] = sequence_token_old_logps(
+                logp_BT, inputs["old_per_token_logps"], _loss_mask(inputs)
+            )
+
+    def _add_kl(self, loss: torch.Tensor, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Add our KL term to TRL's loss, unless that has its own, and log both parts."""
+        mode = "train" if self.model.training else "eval"
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        policy_loss, kl_loss = loss.detach(), torch.zeros_like(loss)
+        if self.aux_loss_enabled:
+            policy_loss = policy_loss - self.router_aux_loss_coef * output.aux_loss.detach() / steps
+        if self.beta != 0.0:
+            kl_BT = self._kl(output, inputs)
+            kl_loss = self.beta * self._reduce(kl_BT, inputs, steps, mode)
+            if self.args.uses_trl_kl:
+                policy_loss, kl_loss = policy_loss - kl_loss.detach(), kl_loss.detach()
+            else:
+                loss = loss + kl_loss
+                self._log_kl(kl_BT, output, inputs, mode)
+        parts = torch.stack([policy_loss, kl_loss.detach()]) * steps
+        parts = (self.accelerator.reduce(parts, reduction="sum") / self.accelerator.num_processes).tolist()
+        if not self._entropy_bonus_enabled:
+            # With an entropy bonus TRL logs its own
+            self._metrics[mode]["policy_loss"].append(parts[0])
+        if self.beta != 0.0:
+            self._metrics[mode]["kl_loss"].append(parts[1])
+        return loss
+
+    def _kl(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Per-token KL `(B, T)` as it enters the loss."""
+        estimator = self.args.kl_estimator
+        if estimator == "exact":
+            return output.kl
+        logp_BT = _completion_logps(output, inputs)
+        kl_BT = kl_estimate(logp_BT, inputs["ref_per_token_logps"], estimator)
+        if not self.args.use_bias_correction_kl:
+            return kl_BT
+        old_logp_BT = inputs.get("old_per_token_logps", logp_BT.detach())
+        ratio = importance_ratio(logp_BT, old_logp_BT, _loss_mask(inputs), self.importance_sampling_level)
+        return weight_by_ratio(kl_BT, ratio, estimator)
+
+    def _reduce(self, values_BT: torch.Tensor, inputs: dict[str, Any], steps: int, mode: str) -> torch.Tensor:
+        window_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            window_tokens = window_tokens * steps / self.args.steps_per_generation
+        return reduce_tokens(
+            values_BT,
+            _loss_mask(inputs),
+            self.loss_type if self.args.kl_reduction == "loss_type" else self.args.kl_reduction,
+            max_completion_length=self.max_completion_length,
+            window_tokens=window_tokens,
+            accumulation_steps=steps,
+        )
+
+    def _log_kl(self, kl_BT: torch.Tensor, output: Any, inputs: dict[str, Any], mode: str) -> None:
+        """The KL's mean over all loss tokens and, beside an exact KL, those of the estimates from the same tokens."""
+        mask_BT = _loss_mask(inputs)
+        values = {"kl": kl_BT}
+        if self.args.kl_estimator == "exact":
+            logp_BT = _completion_logps(output, inputs)
+            values |= {f"kl/{k}": kl_estimate(logp_BT, output.ref_log_probs, k) for k in ("k1", "k3")}
+        sums = [value.detach().masked_fill(mask_BT == 0, 0.0).sum() for value in values.values()]
+        *sums, count = self.accelerator.reduce(torch.stack([*sums, mask_BT.sum().float()]), reduction="sum").tolist()
+        for name, total in zip(values, sums, strict=True):
+            self._metrics[mode][name].append(total / max(count, 1.0))
+
+
+def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    """Tokens that are trained on: neither padding, nor masked truncated completions, nor tool output."""
+    mask_BT = inputs["completion_mask"]
+    return mask_BT * inputs["tool_mask"] if "tool_mask" in inputs else mask_BT
+
+
+def _completion_logps(output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    return output.log_probs[:, -inputs["completion_ids"].size(1) :]
