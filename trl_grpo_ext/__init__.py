@@ -1,8 +1,8 @@
 """
 Process supervision, weighted reward sources and an exact KL for TRL's GRPO.
 
-Swap two names, `GRPOTrainer` for [`GRPOExtTrainer`] and `GRPOConfig` for [`GRPOExtConfig`]; with every new field at its
-default the training run is TRL's, bit for bit.
+Swap two names, `GRPOTrainer` for [`GRPOExtTrainer`] and `GRPOConfig` for [`GRPOExtConfig`]; with every new field at
+its default the training run is TRL's, bit for bit.
 
 Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `(K, N, T)`):
 

@@ -1,8 +1,8 @@
 """
 Everything that this package relies on in TRL, checked once at import.
 
-TRL's underscore methods are not a public API. Whatever is overridden, called or read is listed here, so that a TRL that
-differs stops the import with the name of what changed, instead of training something else.
+TRL's underscore methods are not a public API. Whatever is overridden, called or read is listed here, so that a TRL
+that differs stops the import with the name of what changed, instead of training something else.
 """
 
 import inspect
@@ -10,7 +10,8 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import trl
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, is_async_callable
 
 
@@ -103,7 +104,7 @@ class HeadSettings(NamedTuple):
 
 
 def head_settings(forward: Any) -> HeadSettings:
-    """The head settings that TRL's [`~trl.trainer.utils.add_fused_lm_head`] resolved for the model of this `forward`."""
+    """What TRL's [`~trl.trainer.utils.add_fused_lm_head`] resolved for the model of this `forward`."""
     variables = inspect.getclosurevars(forward.__func__).nonlocals
     return HeadSettings(**{name: variables[upstream] for name, upstream in _HEAD_VARIABLES.items()})
 

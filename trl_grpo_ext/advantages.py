@@ -180,8 +180,8 @@ def leave_one_out_advantages(
     r"""
     Returns against the mean token return of the group's other completions.
 
-    `A_{i,t} = R_{i,t} - 1/(n-1) sum_{j != i} m_j`, `m_j = 1/L_j sum_t R_{j,t}` over the n judged completions, divided by
-    the std of the token returns, each completion counting once, unless `scale` is `"none"`. PURE (arXiv 2504.15275)
+    `A_{i,t} = R_{i,t} - 1/(n-1) sum_{j != i} m_j`, `m_j = 1/L_j sum_t R_{j,t}` over the n judged completions, divided
+    by the std of the token returns, each completion counting once, unless `scale` is `"none"`. PURE (arXiv 2504.15275)
     takes the mean over a fixed number of tokens instead of each completion's own, which depends on the padding.
 
     Reduces to RLOO for outcome rewards at gamma = 1 and `scale="none"`.

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -60,8 +61,8 @@ class GRPOExtConfig(GRPOConfig):
             Largest number of padded tokens in one forward of a reward model. By default the whole batch is one
             forward, as in TRL.
 
-    `importance_sampling_level` takes one more value, `"sequence_token"` (GSPO-token, arXiv 2507.18071 section 4.3): the
-    value of the sequence's ratio with the gradient of the token's, which keeps per-token advantages.
+    `importance_sampling_level` takes one more value, `"sequence_token"` (GSPO-token, arXiv 2507.18071 section 4.3):
+    the value of the sequence's ratio with the gradient of the token's, which keeps per-token advantages.
     """
 
     supervision: Literal["outcome", "process"] = field(
@@ -134,6 +135,14 @@ class GRPOExtConfig(GRPOConfig):
         """Whether the KL term of the loss, if any, is TRL's own."""
         return self.kl_estimator == "k3" and self.kl_reduction == "loss_type"
 
+    def check_sources(self, names: Sequence[str]) -> None:
+        """Raise `ValueError` if `gamma` or `reward_transforms` has another length than there are reward sources."""
+        for field_name, values in {"gamma": self.gamma, "reward_transforms": self.reward_transforms}.items():
+            if isinstance(values, list) and len(values) != len(names):
+                raise ValueError(
+                    f"{field_name} has {len(values)} entries for {len(names)} reward sources ({', '.join(names)})."
+                )
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -174,7 +183,7 @@ def _check_process(config: GRPOExtConfig) -> None:
     if config.importance_sampling_level == "sequence":
         raise ValueError(
             "importance_sampling_level='sequence' gives every token of a completion the mean advantage, which undoes "
-            "supervision='process'. Use 'token', or 'sequence_token' for the sequence's ratio with per-token advantages."
+            "supervision='process'. Use 'token', or 'sequence_token': the sequence's ratio with per-token advantages."
         )
     several = isinstance(config.gamma, list) and len(set(config.gamma)) > 1
     merges = config.multi_objective_aggregation == "sum_then_normalize"
@@ -194,6 +203,6 @@ def _check_kl(config: GRPOExtConfig) -> None:
         )
     if config.kl_estimator == "k1" and not config.use_bias_correction_kl:
         raise ValueError(
-            "kl_estimator='k1' without the importance ratio has a gradient of 0 in expectation, so the reference would "
-            "not act. Leave use_bias_correction_kl=True, or use 'k2', 'k3' or 'exact'."
+            "kl_estimator='k1' without the importance ratio has a gradient of 0 in expectation, so the reference "
+            "would not act. Leave use_bias_correction_kl=True, or use 'k2', 'k3' or 'exact'."
         )

@@ -1,8 +1,8 @@
 """
 The model forward that returns the exact KL beside TRL's log-probs and entropy.
 
-TRL asks the wrapped model for log-probs, `model(..., labels=..., fused_lm_head=True)`. The exact KL is computed in that
-same call, from the same backbone pass, so that DDP, FSDP and DeepSpeed see one forward and one backward.
+TRL asks the wrapped model for log-probs, `model(..., labels=..., fused_lm_head=True)`. The exact KL is computed in
+that same call, from the same backbone pass, so that DDP, FSDP and DeepSpeed see one forward and one backward.
 """
 
 import functools
@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -46,7 +46,7 @@ class ExactKLOutput(FusedCausalLMOutput):
 class ReferenceHead:
     """The head of the reference, known once its first pass has run; under LoRA it is the policy's own."""
 
-    module: nn.Module | None = None
+    module: nn.Linear | None = None
 
 
 def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: ReferenceHead) -> None:
@@ -81,69 +81,75 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
             return ExactKLOutput(
                 log_probs=hidden_states.new_full(labels.shape, torch.nan), hidden_states=hidden_states
             )
-        num_tokens = ref_hidden_states.size(1)
-        output = _token_stats(
-            hidden_states[:, -num_tokens:],
-            head,
-            labels[:, -num_tokens:],
-            ref_hidden_states,
-            reference.module,
-            settings,
-        )
+        ref_BTH = cast(torch.Tensor, ref_hidden_states)
+        tokens = slice(-ref_BTH.size(1), None)
+        output = _token_stats(hidden_states[:, tokens], head, labels[:, tokens], ref_BTH, reference.module, settings)
         if kwargs.get("output_router_logits"):
             text_config = self.config.get_text_config()
-            output.aux_loss = load_balancing_loss_func(
-                outputs.router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                kwargs.get("attention_mask"),
+            output.aux_loss = cast(
+                torch.Tensor,
+                load_balancing_loss_func(
+                    outputs.router_logits,
+                    text_config.num_experts,
+                    text_config.num_experts_per_tok,
+                    kwargs.get("attention_mask"),
+                ),
             )
         return output
 
     model.forward = types.MethodType(exact_kl_forward, model)
 
 
-def _leaf_head(model: PreTrainedModel) -> nn.Module:
+def _leaf_head(model: PreTrainedModel) -> nn.Linear:
     """The LM head that is active now: PEFT keeps a trained copy beside the original one in `modules_to_save`."""
     head = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
-        return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
-    return head
+        head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+    return cast(nn.Linear, head)
 
 
-def _gathered(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """The whole tensor of a parameter that FSDP2 keeps sharded outside the forward."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+class _Head(NamedTuple):
+    """Weight and bias of an LM head, whole."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Linear) -> "_Head":
+        # FSDP2 keeps parameters sharded outside their module's own forward
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in (module.weight, module.bias)]
+        return cls(*whole)
 
 
 def _token_stats(
     hidden_BTH: torch.Tensor,
-    head: nn.Module,
+    head: nn.Linear,
     labels_BT: torch.Tensor,
     ref_hidden_BTH: torch.Tensor,
-    ref_head: nn.Module | None,
+    ref_head: nn.Linear | None,
     settings: HeadSettings,
 ) -> ExactKLOutput:
     """Run the fused head on the labelled tokens only, and put its statistics back in place."""
-    weight, bias = _gathered(head.weight), _gathered(head.bias)
-    hidden_BTH = hidden_BTH.to(weight.device)
-    mask_BT = (labels_BT != -100).to(weight.device)
-    own_head = ref_head is head
-    ref_hidden_NH = ref_hidden_BTH.to(weight.device)[mask_BT]
-    hidden_NH = hidden_BTH[mask_BT]
+    own = _Head.of(head)
+    other = None if ref_head is None or ref_head is head else _Head.of(ref_head)
+    # With a model split over devices, the head can live on another one than the backbone's end
+    device = own.weight.device
+    labels_BT = labels_BT.to(device)
+    mask_BT = labels_BT != -100
+    hidden_NH, ref_hidden_NH = hidden_BTH.to(device)[mask_BT], ref_hidden_BTH.to(device)[mask_BT]
     context: Any = nullcontext()
     if settings.cast_to_fp32:
         hidden_NH, ref_hidden_NH = hidden_NH.float(), ref_hidden_NH.float()
-        context = torch.autocast(weight.device.type, enabled=False)
+        context = torch.autocast(device.type, enabled=False)
     with context:
         stats = fused_token_stats(
             hidden_NH,
-            weight,
-            labels_BT.to(weight.device)[mask_BT],
+            own.weight,
+            labels_BT[mask_BT],
             ref_hidden_NH,
-            None if own_head else _gathered(ref_head.weight).to(weight.device),
-            bias=bias,
-            ref_bias=None if own_head else _gathered(ref_head.bias),
+            None if other is None else other.weight.to(device),
+            bias=own.bias,
+            ref_bias=None if other is None else other.bias,
             temperature=settings.temperature,
             logit_scale=settings.logit_scale,
             softcap=settings.softcap,

@@ -1,5 +1,7 @@
 """The reference policy of the exact KL: run once per generated batch, its last hidden states kept."""
 
+from typing import Any, cast
+
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -7,17 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ._upstream import head_settings
-from .policy_forward import ExactKLOutput, ModelCall, ReferenceHead, add_exact_kl
+from .policy_forward import ModelCall, ReferenceHead, add_exact_kl
 
 
 def base_language_model(model: nn.Module) -> PreTrainedModel:
     """The causal language model under PEFT, on which TRL patches `forward`."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 class CachedReference:
     """
-    Catches TRL's own reference pass, so that image inputs and adapters are TRL's business, and keeps its hidden states.
+    Catches TRL's own reference pass, so that image inputs and adapters stay TRL's business, and keeps its states.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -29,7 +31,7 @@ class CachedReference:
             To unwrap the models.
     """
 
-    def __init__(self, model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator):
+    def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator):
         self.policy = model
         self.ref_model = ref_model
         policy = base_language_model(model)
@@ -43,14 +45,14 @@ class CachedReference:
         """Whether a forward of `model` now is the reference's, which with PEFT depends on the active adapter."""
         if self.ref_model is not None:
             return model is self.ref_model
-        status = self.policy.get_model_status()
+        status = cast(PeftModel, self.policy).get_model_status()
         return status.enabled is False or status.active_adapters == ["ref"]
 
     def recorded(self, model: nn.Module, num_tokens: int) -> ModelCall:
         """`model` to call for a reference pass, in as many slices as TRL likes, over the last `num_tokens` tokens."""
         self._hidden_states = []
 
-        def keep(output: ExactKLOutput) -> None:
+        def keep(output: Any) -> None:
             # A copy, so that the prompt's hidden states can be freed
             self._hidden_states.append(output.hidden_states[:, -num_tokens:].clone())
 

@@ -2,23 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ._upstream import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .aggregation import process_advantages
+from .collectives import gather, gather_tokens, local_rows, total
 from .config import GRPOExtConfig
 from .importance import sequence_token_old_logps
 from .kl import importance_ratio, kl_estimate, weight_by_ratio
+from .metrics import completion_means, positive_counts, step_metrics, unjudged_shares
 from .policy_forward import ModelCall
 from .reduction import reduce_tokens
 from .reference import CachedReference
-from .rewards.batching import TokenBatchedModel
-from .rewards.sources import RewardSource, reward_source
-from .rewards.transforms import transform_reward
-from .rewards.types import place_rewards, read_reward
+from .rewards.sources import RewardSource, read_model_rewards, wrap_source
+from .rewards.types import place_rewards
 
 
 class GRPOExtTrainer(GRPOTrainer):
@@ -72,9 +72,16 @@ class GRPOExtTrainer(GRPOTrainer):
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
         super().__init__(model, reward_funcs, args, *positional, **keywords)
-        self._check_sources()
-        self._check_separator()
-        self._wrap_sources()
+        args.check_sources(self.reward_func_names)
+        self._separator_ids = self._tokenize_separator()
+        self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
+        # A list of our own: the user's keeps the user's functions
+        self.reward_funcs = [
+            wrap_source(source, name, transform, args.reward_batch_tokens, self.accelerator)
+            for source, name, transform in zip(
+                self.reward_funcs, self.reward_func_names, self._transforms, strict=True
+            )
+        ]
 
         self._sequence_token = args.importance_sampling_level == "sequence_token"
         if self._sequence_token:
@@ -82,45 +89,23 @@ class GRPOExtTrainer(GRPOTrainer):
             self.importance_sampling_level = "token"
         self._reference = None
         if args.kl_estimator == "exact":
-            self._reference = CachedReference(self.model, self.ref_model, self.accelerator)
+            self._reference = CachedReference(cast(nn.Module, self.model), self.ref_model, self.accelerator)
         self._rewards_per_func = torch.empty(0)
 
-    def _check_sources(self) -> None:
-        names = self.reward_func_names
-        for field in ("gamma", "reward_transforms"):
-            values = vars(self.args)[field]
-            if isinstance(values, list) and len(values) != len(names):
-                raise ValueError(
-                    f"{field} has {len(values)} entries for {len(names)} reward sources ({', '.join(names)})."
-                )
-
-    def _check_separator(self) -> None:
+    def _tokenize_separator(self) -> list[int]:
         separator = self.args.prompt_separator
         if separator is None:
-            self._separator_ids: list[int] = []
-            return
+            return []
         if self._is_vlm or self.rollout_func is not None:
             culprit = "a vision-language model" if self._is_vlm else "rollout_func"
             raise ValueError(
-                f"prompt_separator does not work with {culprit}, which tokenizes prompts by itself; write the separator "
-                "into the prompts instead."
+                f"prompt_separator does not work with {culprit}, which tokenizes prompts by itself; write the "
+                "separator into the prompts instead."
             )
-        self._separator_ids = self._tokenizer(separator, add_special_tokens=False)["input_ids"]
-        if not self._separator_ids:
+        ids = self._tokenizer(separator, add_special_tokens=False)["input_ids"]
+        if not ids:
             raise ValueError(f"prompt_separator {separator!r} has no tokens in this tokenizer.")
-
-    def _wrap_sources(self) -> None:
-        """Reward functions become [`RewardSource`]; reward models get their token budget."""
-        budget = self.args.reward_batch_tokens
-        self._transforms = self.args.reward_transforms or ["none"] * len(self.reward_funcs)
-        sources: list[Any] = []
-        for source, name, transform in zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True):
-            if not isinstance(source, nn.Module):
-                sources.append(reward_source(source, name, transform))
-            else:
-                sources.append(source if budget is None else TokenBatchedModel(source, budget, self.accelerator))
-        # A list of our own: the user's keeps the user's functions
-        self.reward_funcs = sources
+        return ids
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, Any, dict]:
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
@@ -128,19 +113,11 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        for k, source in enumerate(self.reward_funcs):
+        for k, (source, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
             if isinstance(source, nn.Module):
-                rewards_per_func[:, k] = self._model_rewards(rewards_per_func[:, k], k)
+                rewards_per_func[:, k] = read_model_rewards(rewards_per_func[:, k], name, self._transforms[k])
         self._rewards_per_func = rewards_per_func
         return rewards_per_func
-
-    def _model_rewards(self, rewards_N: torch.Tensor, k: int) -> torch.Tensor:
-        """Check and transform what reward model k gave, as [`RewardSource`] does for functions."""
-        where = f"reward source '{self.reward_func_names[k]}'"
-        for index, value in enumerate(rewards_N.tolist()):
-            read_reward(value, 0, f"{where}, completion {index}")
-        values = [transform_reward(value, self._transforms[k], where) for value in rewards_N.tolist()]
-        return rewards_N.new_tensor(values)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
@@ -155,7 +132,7 @@ class GRPOExtTrainer(GRPOTrainer):
             output["ref_hidden_states"] = self._reference.take()
             # The reference ran without its head, so these are NaN
             del output["ref_per_token_logps"]
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         mask_BT = _loss_mask(output)
         if self.args.supervision == "process":
             output["advantages"] = self._process_advantages(mask_BT, mode)
@@ -164,14 +141,11 @@ class GRPOExtTrainer(GRPOTrainer):
         self._log_advantages(output["advantages"], mask_BT, mode)
         return output
 
-    def _gather_tokens(self, values: torch.Tensor, padding: float) -> torch.Tensor:
-        """Gather `(B, ..., T)` of every process, padded to the longest T."""
-        padded = self.accelerator.pad_across_processes(values, dim=values.ndim - 1, pad_index=padding)
-        return self.accelerator.gather(padded)
-
-    def _local(self, values_N: torch.Tensor, num_completions: int) -> torch.Tensor:
-        start = self.accelerator.process_index * num_completions
-        return values_N[start : start + num_completions]
+    @property
+    def _mode(self) -> str:
+        """Where TRL's metrics of this moment go."""
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
 
     @property
     def _advantage_dtype(self) -> torch.dtype:
@@ -193,12 +167,12 @@ class GRPOExtTrainer(GRPOTrainer):
         advantages_N1 = process_advantages(
             rewards_KN1, mask_N1, self.reward_weights, estimator="position", gamma=1.0, **self._advantage_options(mode)
         )
-        return self._local(advantages_N1[:, 0].float(), len(advantages_N1) // self.accelerator.num_processes)
+        return local_rows(self.accelerator, advantages_N1[:, 0]).float()
 
     def _process_advantages(self, mask_BT: torch.Tensor, mode: str) -> torch.Tensor:
         """Advantages `(B, T)` of this process, normalised over the groups of all processes."""
         dtype, device = self._advantage_dtype, self.accelerator.device
-        scores_KB = self._local(self._rewards_per_func, len(mask_BT)).T.tolist()
+        scores_KB = local_rows(self.accelerator, self._rewards_per_func).T.tolist()
         rewards_BKT = torch.stack(
             [
                 place_rewards(source.rewards if isinstance(source, RewardSource) else scores, mask_BT, dtype)
@@ -206,48 +180,35 @@ class GRPOExtTrainer(GRPOTrainer):
             ],
             dim=1,
         )
-        rewards_KNT = self._gather_tokens(rewards_BKT.to(device), torch.nan).transpose(0, 1)
-        mask_NT = self._gather_tokens(mask_BT.long(), 0).bool()
+        rewards_KNT = gather_tokens(self.accelerator, rewards_BKT.to(device), torch.nan).transpose(0, 1)
+        mask_NT = gather_tokens(self.accelerator, mask_BT.long(), 0).bool()
         advantages_NT = process_advantages(
             rewards_KNT,
             mask_NT,
             self.reward_weights.to(device),
             estimator=self.args.process_advantage,
-            gamma=self.args.gamma,
+            gamma=cast(float | list[float], self.args.gamma),
             gamma_unit=self.args.gamma_unit,
             baseline=self.args.position_baseline,
             **self._advantage_options(mode),
         )
-        self._log_steps(rewards_KNT.where(mask_NT, torch.nan), mode)
-        return self._local(advantages_NT, len(mask_BT))[:, : mask_BT.size(1)].float()
-
-    def _log_steps(self, rewards_KNT: torch.Tensor, mode: str) -> None:
-        for name, rewards_NT in zip(self.reward_func_names, rewards_KNT, strict=True):
-            given_NT = ~rewards_NT.isnan()
-            steps = rewards_NT[given_NT]
-            steps_per_completion = given_NT.sum(1)[given_NT.any(1)].float().mean()
-            metrics = {"step_mean": steps.mean(), "step_std": steps.std(), "steps": steps_per_completion}
-            for metric, value in metrics.items():
-                self._metrics[mode][f"rewards/{name}/{metric}"].append(value.item())
+        self._record(mode, step_metrics(self.reward_func_names, rewards_KNT.where(mask_NT, torch.nan)))
+        return local_rows(self.accelerator, advantages_NT)[:, : mask_BT.size(1)].float()
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor, mode: str) -> None:
-        """Log the advantages that are trained on: in the completions table, each completion's mean over its tokens."""
-        if advantages.ndim == 1:
-            positive, counted, means_B = (advantages > 0), torch.ones_like(advantages), advantages
-        else:
-            counted = mask_BT
-            positive = (advantages > 0) & mask_BT
-            means_B = advantages.sum(1) / mask_BT.sum(1).clamp(min=1)
-        means = self.accelerator.gather(means_B).tolist()
+        """Put the advantages that are trained on into the completions table, as each completion's mean, and log them."""
+        means = gather(self.accelerator, completion_means(advantages, mask_BT)).tolist()
         logged = self._logs["advantages"]
         for _ in range(min(len(means), len(logged))):
             logged.pop()
         logged.extend(means)
-        shares = self.accelerator.reduce(torch.stack([positive.sum(), counted.sum()]).float(), reduction="sum")
-        self._metrics[mode]["advantages/positive_share"].append((shares[0] / shares[1].clamp(min=1)).item())
-        for k, name in enumerate(self.reward_func_names):
-            unjudged = self._rewards_per_func[:, k].isnan().float().mean()
-            self._metrics[mode][f"rewards/{name}/unjudged"].append(unjudged.item())
+        positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
+        self._record(mode, {"advantages/positive_share": positive / max(counted, 1.0)})
+        self._record(mode, unjudged_shares(self.reward_func_names, self._rewards_per_func))
+
+    def _record(self, mode: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
 
     @contextmanager
     def _without_trl_kl(self) -> Iterator[None]:
@@ -285,7 +246,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _add_kl(self, loss: torch.Tensor, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Add our KL term to TRL's loss, unless that has its own, and log both parts."""
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         policy_loss, kl_loss = loss.detach(), torch.zeros_like(loss)
         if self.aux_loss_enabled:
@@ -298,14 +259,17 @@ class GRPOExtTrainer(GRPOTrainer):
             else:
                 loss = loss + kl_loss
                 self._log_kl(kl_BT, output, inputs, mode)
-        parts = torch.stack([policy_loss, kl_loss.detach()]) * steps
-        parts = (self.accelerator.reduce(parts, reduction="sum") / self.accelerator.num_processes).tolist()
+        self._log_parts(policy_loss * steps, kl_loss.detach() * steps, mode)
+        return loss
+
+    def _log_parts(self, policy_loss: torch.Tensor, kl_loss: torch.Tensor, mode: str) -> None:
+        parts = torch.stack([policy_loss, kl_loss]) / self.accelerator.num_processes
+        policy_share, kl_share = total(self.accelerator, parts)
         if not self._entropy_bonus_enabled:
             # With an entropy bonus TRL logs its own
-            self._metrics[mode]["policy_loss"].append(parts[0])
+            self._record(mode, {"policy_loss": policy_share})
         if self.beta != 0.0:
-            self._metrics[mode]["kl_loss"].append(parts[1])
-        return loss
+            self._record(mode, {"kl_loss": kl_share})
 
     def _kl(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Per-token KL `(B, T)` as it enters the loss."""
@@ -328,7 +292,7 @@ class GRPOExtTrainer(GRPOTrainer):
             values_BT,
             _loss_mask(inputs),
             self.loss_type if self.args.kl_reduction == "loss_type" else self.args.kl_reduction,
-            max_completion_length=self.max_completion_length,
+            max_completion_length=cast(int, self.max_completion_length),
             window_tokens=window_tokens,
             accumulation_steps=steps,
         )
@@ -341,9 +305,8 @@ class GRPOExtTrainer(GRPOTrainer):
             logp_BT = _completion_logps(output, inputs)
             values |= {f"kl/{k}": kl_estimate(logp_BT, output.ref_log_probs, k) for k in ("k1", "k3")}
         sums = [value.detach().masked_fill(mask_BT == 0, 0.0).sum() for value in values.values()]
-        *sums, count = self.accelerator.reduce(torch.stack([*sums, mask_BT.sum().float()]), reduction="sum").tolist()
-        for name, total in zip(values, sums, strict=True):
-            self._metrics[mode][name].append(total / max(count, 1.0))
+        *sums, count = total(self.accelerator, torch.stack([*sums, mask_BT.sum().float()]))
+        self._record(mode, {name: total / max(count, 1.0) for name, total in zip(values, sums, strict=True)})
 
 
 def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:

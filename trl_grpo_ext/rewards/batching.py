@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..collectives import gather
+
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """
@@ -53,9 +55,9 @@ class TokenBatchedModel(nn.Module):
     def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
         lengths = attention_mask.sum(1).tolist()
         batches = token_batches(lengths, self.max_tokens)
-        count = self.accelerator.gather(torch.tensor([len(batches)], device=attention_mask.device))
+        counts = gather(self.accelerator, torch.tensor([len(batches)], device=attention_mask.device))
         scored: list[tuple[list[int], Any]] = []
-        for number in range(int(count.max())):
+        for number in range(int(counts.max())):
             rows = batches[min(number, len(batches) - 1)]
             width = max(lengths[rows[0]], 1)
             cut = {name: values[rows, :width] for name, values in inputs.items()}

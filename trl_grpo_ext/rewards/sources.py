@@ -4,7 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from torch import nn
+
 from .._upstream import is_async_callable
+from .batching import TokenBatchedModel
 from .transforms import transform_reward
 from .types import Reward, StepRewards, read_reward
 
@@ -72,7 +77,23 @@ class AsyncRewardSource(RewardSource):
         return self.read(await self.function(completion_ids=completion_ids, **kwargs), completion_ids)
 
 
-def reward_source(function: Callable[..., Any], name: str, transform: str = "none") -> RewardSource:
-    """Wrap a reward function, synchronous or not."""
-    kind = AsyncRewardSource if is_async_callable(function) else RewardSource
-    return kind(function, name, transform)
+def wrap_source(
+    source: Any, name: str, transform: str, batch_tokens: int | None, accelerator: Accelerator
+) -> RewardSource | nn.Module:
+    """
+    A source of `reward_funcs` as the trainer uses it.
+
+    A function, synchronous or not, becomes a [`RewardSource`]; a model stays, or is cut into forwards of `batch_tokens`.
+    """
+    if isinstance(source, nn.Module):
+        return source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator)
+    return (AsyncRewardSource if is_async_callable(source) else RewardSource)(source, name, transform)
+
+
+def read_model_rewards(rewards_N: torch.Tensor, name: str, transform: str) -> torch.Tensor:
+    """Check and transform the scores of a reward model, as [`RewardSource`] does for what functions return."""
+    read = []
+    for index, value in enumerate(rewards_N.tolist()):
+        where = f"reward source '{name}', completion {index}"
+        read.append(transform_reward(read_reward(value, 0, where), transform, where))
+    return rewards_N.new_tensor(read)
