@@ -1,0 +1,269 @@
+"""
+GRPO with process supervision, weighted reward sources and an exact KL, for any model, data and reward sources.
+
+    accelerate launch recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml --learning_rate 1e-4
+
+All fields of [`ScriptArguments`], [`~trl_grpo_ext.GRPOExtConfig`] and [`~trl.ModelConfig`] can stand in the YAML file
+and on the command line, which wins. `--help` lists them.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
+
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+TASK_PREFIX = "reasoning_gym:"
+
+
+@dataclass
+class ScriptArguments:
+    """
+    What to train on and what to reward.
+
+    Args:
+        dataset (`str`):
+            A Hub dataset id, a folder, a `.jsonl`, `.json`, `.parquet` or `.csv` file, or a reasoning-gym task as
+            `reasoning_gym:chain_sum`.
+        reward_funcs (`list[str]`):
+            The reward sources, in the order of `reward_weights`; see [`load_reward`].
+        dataset_options (`dict`, *optional*):
+            A mapping in YAML, JSON on the command line. For a reasoning-gym task its options (`size`, `seed`,
+            `min_terms`, ...), otherwise keyword arguments of [`~datasets.load_dataset`] (`name`, `revision`, ...).
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on; slices such as `train[:90%]` work. Not for reasoning-gym tasks.
+        eval_split (`str`, *optional*):
+            Split to evaluate on. Not for reasoning-gym tasks.
+        eval_size (`int`, *optional*, defaults to `0`):
+            Instead of `eval_split`: hold out this many rows from the end of the training data, and drop training rows
+            that have a held-out prompt.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column that holds the prompts, each a string or a list of messages.
+        system_prompt (`str`, *optional*):
+            System message put before every prompt.
+        examples (`list[list[str]]`, *optional*):
+            Worked examples put before every prompt, as `[question, answer]` pairs: a YAML list, JSON on the command
+            line. With these or a system prompt, a string prompt becomes a user message.
+    """
+
+    dataset: str = field(
+        metadata={"help": "Hub dataset id, folder, .jsonl/.json/.parquet/.csv file or `reasoning_gym:TASK`."}
+    )
+    reward_funcs: list[str] = field(
+        metadata={
+            "help": "Reward sources, in order: `package.module.function`, `package.module:function`, "
+            "`path/to/file.py:function`, or a reward model's Hub id or folder. A class is built with the tokenizer."
+        }
+    )
+    dataset_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the reasoning-gym task, or keyword arguments of load_dataset, as JSON."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    eval_size: int = field(default=0, metadata={"help": "Rows to hold out from the training data for evaluation."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message put before every prompt."})
+    examples: list[list[str]] | str | None = field(
+        default=None, metadata={"help": "Worked examples put before every prompt: JSON list of [question, answer]."}
+    )
+
+    def __post_init__(self):
+        # A YAML string where a list belongs reaches the parser as it is
+        self.reward_funcs = [self.reward_funcs] if isinstance(self.reward_funcs, str) else self.reward_funcs
+        self.dataset_options = parse_json(self.dataset_options, "dataset_options", dict) or {}
+        self.examples = parse_json(self.examples, "examples", list) or []
+        if any(len(pair) != 2 for pair in self.examples):
+            raise ValueError(f"examples must be [question, answer] pairs; got {self.examples!r}.")
+        if self.eval_split is not None and self.eval_size:
+            raise ValueError("Give eval_split or eval_size, not both.")
+
+
+def parse_json(value: Any, name: str, kind: type) -> Any:
+    """The value of a field that is a mapping or list in YAML and JSON text on the command line."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON ({error}): {value}") from error
+    if parsed is not None and not isinstance(parsed, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}; got {parsed!r}.")
+    return parsed
+
+
+def load_reward(spec: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """
+    The reward source that `spec` names, as `reward_funcs` of the trainer takes it.
+
+    - `path/to/file.py:name`, `package.module:name` or `package.module.name`: a reward function. Modules beside this
+      script and in the working directory are found. A class is built with the policy's tokenizer, `name(tokenizer)`,
+      since reward functions are called with token ids but without a tokenizer.
+    - a folder, or an id with a slash: a reward model, loaded by the trainer as a sequence classifier.
+
+    Raises:
+        ValueError, ImportError, FileNotFoundError: naming the part of `spec` that could not be found.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where:
+        if Path(spec).is_dir():
+            return spec
+        if spec.endswith(".py"):
+            raise ValueError(f"reward_funcs: {spec!r} names a file; write {spec}:FUNCTION.")
+        if "/" in spec:
+            return spec
+        where, _, name = spec.rpartition(".")
+    if not where:
+        raise ValueError(
+            f"reward_funcs: {spec!r} is neither module.function, module:function, file.py:function, nor a reward "
+            "model's folder or organisation/name on the Hub."
+        )
+    module = load_file(where, spec) if where.endswith(".py") else load_module(where, spec)
+    if name not in vars(module):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        close = get_close_matches(name, public) or public
+        raise ImportError(f"reward_funcs: {spec!r}: {where!r} has no {name!r}; it has: {', '.join(close)}.")
+    source = vars(module)[name]
+    if not callable(source):
+        raise ValueError(f"reward_funcs: {spec!r} is a {type(source).__name__}, not a function or class.")
+    return source(tokenizer) if inspect.isclass(source) else source
+
+
+def load_module(name: str, spec: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Without this distinction, a missing dependency of the user's module would look like a wrong path
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise ImportError(f"reward_funcs: {spec!r}: there is no module {error.name!r}.") from error
+
+
+def load_file(path: str, spec: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"reward_funcs: {spec!r}: there is no file {path!r}.")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def load_rewards(specs: list[str], weights: list[float] | None, tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    """All reward sources, after a check that there are as many weights."""
+    if weights is not None and len(weights) != len(specs):
+        raise ValueError(f"{len(weights)} reward_weights {weights} for {len(specs)} reward_funcs {specs}.")
+    return [load_reward(spec, tokenizer) for spec in specs]
+
+
+def load_split(args: ScriptArguments, split: str) -> Dataset:
+    """The rows of one split, as they are stored."""
+    options = args.dataset_options
+    if args.dataset.startswith(TASK_PREFIX):
+        # Imported here because only these data sets need reasoning-gym
+        from reasoning_gym_task import task_rows
+
+        return task_rows(args.dataset.removeprefix(TASK_PREFIX), options)
+    path = Path(args.dataset)
+    if path.suffix not in FILE_FORMATS:
+        return load_dataset(args.dataset, split=split, **options)
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset: there is no file {args.dataset!r}.")
+    return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split, **options)
+
+
+def with_prompts(dataset: Dataset, args: ScriptArguments) -> Dataset:
+    """The data set with TRL's `prompt` column: system message, worked examples, then the row's own prompt."""
+    # Streamed files tell their columns only with the first row
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if args.prompt_column not in columns:
+        raise ValueError(
+            f"dataset {args.dataset!r} has no column {args.prompt_column!r} to prompt with; it has: "
+            f"{', '.join(columns)}. Name one with prompt_column."
+        )
+    if args.prompt_column != "prompt":
+        dataset = dataset.remove_columns([c for c in columns if c == "prompt"])
+        dataset = dataset.rename_column(args.prompt_column, "prompt")
+    before = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    for question, answer in args.examples:
+        before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return dataset.map(put_before, fn_kwargs={"messages": before}) if before else dataset
+
+
+def put_before(row: dict[str, Any], messages: list[dict[str, str]]) -> dict[str, Any]:
+    prompt = row["prompt"]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages[0]["role"] == prompt[0]["role"] == "system":
+        raise ValueError("The data set's prompts have a system message already; leave system_prompt out.")
+    return {"prompt": messages + prompt}
+
+
+def load_data(args: ScriptArguments) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and evaluation rows if any were asked for."""
+    train = with_prompts(load_split(args, args.train_split), args)
+    if args.eval_split is not None:
+        if args.dataset.startswith(TASK_PREFIX):
+            raise ValueError(f"dataset {args.dataset!r} has no splits; use eval_size.")
+        return train, with_prompts(load_split(args, args.eval_split), args)
+    if args.eval_size == 0:
+        return train, None
+    if not 0 < args.eval_size < len(train):
+        raise ValueError(f"eval_size must be between 1 and {len(train) - 1}, the training rows less one.")
+    held_out = train.select(range(len(train) - args.eval_size, len(train)))
+    # Small generated tasks repeat problems, and those would be trained on and evaluated
+    prompts = {json.dumps(prompt) for prompt in held_out["prompt"]}
+    return train.filter(lambda row: json.dumps(row["prompt"]) not in prompts), held_out
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((ScriptArguments, GRPOExtConfig, ModelConfig))
+
+
+def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: a Hub id or a folder.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    train_dataset, eval_dataset = load_data(script_args)
+    trainer = GRPOExtTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=load_rewards(script_args.reward_funcs, training_args.reward_weights, tokenizer),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"Model and trainer_state.json saved in {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
