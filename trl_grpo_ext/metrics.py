@@ -42,6 +42,6 @@ def completion_means(advantages: torch.Tensor, mask_BT: torch.Tensor) -> torch.T
 
 
 def positive_counts(advantages: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """How many advantages are positive, and how many there are: loss tokens, or completions for scalar ones; `(2,)`."""
+    """How many advantages are positive and how many there are, `(2,)`: of loss tokens, or of completions."""
     counted = torch.ones_like(advantages) if advantages.ndim == 1 else mask_BT
     return torch.stack([((advantages > 0) & (counted > 0)).sum(), counted.sum()]).float()

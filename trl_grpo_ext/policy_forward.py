@@ -67,7 +67,8 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
     """
     forward = model.forward
 
-    @functools.wraps(forward)
+    # Keeps the signature, against which `generate` checks its arguments
+    @functools.wraps(type(model).forward)
     def exact_kl_forward(self, *args, keep_hidden_states=False, ref_hidden_states=None, **kwargs):
         if not keep_hidden_states and ref_hidden_states is None:
             return forward(*args, **kwargs)

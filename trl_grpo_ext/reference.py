@@ -34,6 +34,11 @@ class CachedReference:
     def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator):
         self.policy = model
         self.ref_model = ref_model
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "kl_estimator='exact' needs an adapter inside the layers (LoRA and its kind): prompt learning changes "
+                "the sequence that the reference would have to see. Use 'k3', or another PEFT method."
+            )
         policy = base_language_model(model)
         settings, ref_head = head_settings(policy.forward), ReferenceHead()
         add_exact_kl(policy, settings, ref_head)

@@ -34,8 +34,9 @@ class GRPOExtTrainer(GRPOTrainer):
     ```python
     >>> from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, StepRewards
 
-    >>> def judge_steps(completion_ids, **kwargs):
-    ...     return [StepRewards(ends=[len(ids) // 2, len(ids) - 1], values=[1.0, 0.0]) for ids in completion_ids]
+    >>> def judge_steps(completion_ids, **kwargs):  # one step per newline token, all of them right
+    ...     ends = [[t for t, token in enumerate(ids) if token == 198] for ids in completion_ids]
+    ...     return [StepRewards(ends=e, values=[1.0] * len(e)) for e in ends]
 
     >>> trainer = GRPOExtTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
@@ -77,12 +78,9 @@ class GRPOExtTrainer(GRPOTrainer):
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
         # A list of our own: the user's keeps the user's functions
         self.reward_funcs = [
-            wrap_source(source, name, transform, args.reward_batch_tokens, self.accelerator)
-            for source, name, transform in zip(
-                self.reward_funcs, self.reward_func_names, self._transforms, strict=True
-            )
+            wrap_source(*source, args.reward_batch_tokens, self.accelerator)
+            for source in zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
         ]
-
         self._sequence_token = args.importance_sampling_level == "sequence_token"
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
@@ -132,13 +130,12 @@ class GRPOExtTrainer(GRPOTrainer):
             output["ref_hidden_states"] = self._reference.take()
             # The reference ran without its head, so these are NaN
             del output["ref_per_token_logps"]
-        mode = self._mode
         mask_BT = _loss_mask(output)
         if self.args.supervision == "process":
-            output["advantages"] = self._process_advantages(mask_BT, mode)
+            output["advantages"] = self._process_advantages(mask_BT)
         elif self.args.advantage_eps != ADVANTAGE_EPS:
-            output["advantages"] = self._outcome_advantages(mode)
-        self._log_advantages(output["advantages"], mask_BT, mode)
+            output["advantages"] = self._outcome_advantages()
+        self._log_advantages(output["advantages"], mask_BT)
         return output
 
     @property
@@ -147,68 +144,63 @@ class GRPOExtTrainer(GRPOTrainer):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
-    @property
-    def _advantage_dtype(self) -> torch.dtype:
-        # Apple's GPUs have no float64
-        return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-
-    def _advantage_options(self, mode: str) -> dict[str, Any]:
-        return {
-            "group_size": self.num_generations if mode == "train" else self.num_generations_eval,
-            "aggregation": self.multi_objective_aggregation,
-            "scale": self.scale_rewards,
-            "eps": self.args.advantage_eps,
-        }
-
-    def _outcome_advantages(self, mode: str) -> torch.Tensor:
-        """TRL's scalar advantages with another epsilon: completions of one token."""
-        rewards_KN1 = self._rewards_per_func.to(self._advantage_dtype).T.unsqueeze(-1)
-        mask_N1 = torch.ones_like(rewards_KN1[0], dtype=torch.bool)
-        advantages_N1 = process_advantages(
-            rewards_KN1, mask_N1, self.reward_weights, estimator="position", gamma=1.0, **self._advantage_options(mode)
+    def _group_advantages(self, rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, **options: Any) -> torch.Tensor:
+        """This process's rows of the advantages of all processes' completions."""
+        advantages_NT = process_advantages(
+            # Apple's GPUs have no float64
+            rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
+            mask_NT,
+            self.reward_weights.to(rewards_KNT.device),
+            cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval),
+            aggregation=self.multi_objective_aggregation,
+            scale=self.scale_rewards,
+            eps=self.args.advantage_eps,
+            **options,
         )
-        return local_rows(self.accelerator, advantages_N1[:, 0]).float()
+        return local_rows(self.accelerator, advantages_NT).float()
 
-    def _process_advantages(self, mask_BT: torch.Tensor, mode: str) -> torch.Tensor:
+    def _outcome_advantages(self) -> torch.Tensor:
+        """TRL's scalar advantages with another epsilon: completions of one token."""
+        rewards_KN1 = self._rewards_per_func.T.unsqueeze(-1)
+        mask_N1 = torch.ones_like(rewards_KN1[0], dtype=torch.bool)
+        return self._group_advantages(rewards_KN1, mask_N1, estimator="position", gamma=1.0).squeeze(-1)
+
+    def _process_advantages(self, mask_BT: torch.Tensor) -> torch.Tensor:
         """Advantages `(B, T)` of this process, normalised over the groups of all processes."""
-        dtype, device = self._advantage_dtype, self.accelerator.device
         scores_KB = local_rows(self.accelerator, self._rewards_per_func).T.tolist()
         rewards_BKT = torch.stack(
             [
-                place_rewards(source.rewards if isinstance(source, RewardSource) else scores, mask_BT, dtype)
+                place_rewards(source.rewards if isinstance(source, RewardSource) else scores, mask_BT)
                 for source, scores in zip(self.reward_funcs, scores_KB, strict=True)
             ],
             dim=1,
         )
-        rewards_KNT = gather_tokens(self.accelerator, rewards_BKT.to(device), torch.nan).transpose(0, 1)
         mask_NT = gather_tokens(self.accelerator, mask_BT.long(), 0).bool()
-        advantages_NT = process_advantages(
+        rewards_KNT = gather_tokens(self.accelerator, rewards_BKT, torch.nan).transpose(0, 1).where(mask_NT, torch.nan)
+        self._record(step_metrics(self.reward_func_names, rewards_KNT))
+        return self._group_advantages(
             rewards_KNT,
             mask_NT,
-            self.reward_weights.to(device),
             estimator=self.args.process_advantage,
             gamma=cast(float | list[float], self.args.gamma),
             gamma_unit=self.args.gamma_unit,
             baseline=self.args.position_baseline,
-            **self._advantage_options(mode),
-        )
-        self._record(mode, step_metrics(self.reward_func_names, rewards_KNT.where(mask_NT, torch.nan)))
-        return local_rows(self.accelerator, advantages_NT)[:, : mask_BT.size(1)].float()
+        )[:, : mask_BT.size(1)]
 
-    def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor, mode: str) -> None:
-        """Put the advantages that are trained on into the completions table, as each completion's mean, and log them."""
+    def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
+        """Log the advantages that are trained on; in the completions table, each completion's mean."""
         means = gather(self.accelerator, completion_means(advantages, mask_BT)).tolist()
         logged = self._logs["advantages"]
         for _ in range(min(len(means), len(logged))):
             logged.pop()
         logged.extend(means)
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
-        self._record(mode, {"advantages/positive_share": positive / max(counted, 1.0)})
-        self._record(mode, unjudged_shares(self.reward_func_names, self._rewards_per_func))
+        self._record({"advantages/positive_share": positive / max(counted, 1.0)})
+        self._record(unjudged_shares(self.reward_func_names, self._rewards_per_func))
 
-    def _record(self, mode: str, metrics: dict[str, float]) -> None:
+    def _record(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+            self._metrics[self._mode][name].append(value)
 
     @contextmanager
     def _without_trl_kl(self) -> Iterator[None]:
@@ -238,55 +230,47 @@ class GRPOExtTrainer(GRPOTrainer):
         return self._add_kl(loss, outputs[0], inputs)
 
     def _set_sequence_ratio(self, output: Any, inputs: dict[str, Any]) -> None:
-        logp_BT = _completion_logps(output, inputs)
+        # Without old log-probs every ratio is 1
         if "old_per_token_logps" in inputs:
             inputs["old_per_token_logps"] = sequence_token_old_logps(
-                logp_BT, inputs["old_per_token_logps"], _loss_mask(inputs)
+                _completion_logps(output, inputs), inputs["old_per_token_logps"], _loss_mask(inputs)
             )
 
     def _add_kl(self, loss: torch.Tensor, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Add our KL term to TRL's loss, unless that has its own, and log both parts."""
-        mode = self._mode
-        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        policy_loss, kl_loss = loss.detach(), torch.zeros_like(loss)
+        """Add our KL term to TRL's loss, unless that holds its own, and log both parts."""
+        steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+        policy_loss = loss.detach()
         if self.aux_loss_enabled:
             policy_loss = policy_loss - self.router_aux_loss_coef * output.aux_loss.detach() / steps
-        if self.beta != 0.0:
-            kl_BT = self._kl(output, inputs)
-            kl_loss = self.beta * self._reduce(kl_BT, inputs, steps, mode)
-            if self.args.uses_trl_kl:
-                policy_loss, kl_loss = policy_loss - kl_loss.detach(), kl_loss.detach()
-            else:
-                loss = loss + kl_loss
-                self._log_kl(kl_BT, output, inputs, mode)
-        self._log_parts(policy_loss * steps, kl_loss.detach() * steps, mode)
+        if self.beta == 0.0:
+            self._log_loss(policy_loss * steps, None, {}, _loss_mask(inputs))
+            return loss
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.args.uses_trl_kl):
+            kls = self._kls(output, inputs)
+            kl_loss = self.beta * self._reduce(kls["kl"], inputs, steps)
+        if self.args.uses_trl_kl:
+            policy_loss, kls = policy_loss - kl_loss, {}
+        else:
+            loss = loss + kl_loss
+        self._log_loss(policy_loss * steps, kl_loss.detach() * steps, kls, _loss_mask(inputs))
         return loss
 
-    def _log_parts(self, policy_loss: torch.Tensor, kl_loss: torch.Tensor, mode: str) -> None:
-        parts = torch.stack([policy_loss, kl_loss]) / self.accelerator.num_processes
-        policy_share, kl_share = total(self.accelerator, parts)
-        if not self._entropy_bonus_enabled:
-            # With an entropy bonus TRL logs its own
-            self._record(mode, {"policy_loss": policy_share})
-        if self.beta != 0.0:
-            self._record(mode, {"kl_loss": kl_share})
-
-    def _kl(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Per-token KL `(B, T)` as it enters the loss."""
-        estimator = self.args.kl_estimator
+    def _kls(self, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Per-token KL `(B, T)` as it enters the loss, and beside an exact one the estimates from the same tokens."""
+        estimator, logp_BT = self.args.kl_estimator, _completion_logps(output, inputs)
         if estimator == "exact":
-            return output.kl
-        logp_BT = _completion_logps(output, inputs)
+            estimates = {f"kl/{k}": kl_estimate(logp_BT.detach(), output.ref_log_probs, k) for k in ("k1", "k3")}
+            return {"kl": output.kl, **estimates}
         kl_BT = kl_estimate(logp_BT, inputs["ref_per_token_logps"], estimator)
-        if not self.args.use_bias_correction_kl:
-            return kl_BT
-        old_logp_BT = inputs.get("old_per_token_logps", logp_BT.detach())
-        ratio = importance_ratio(logp_BT, old_logp_BT, _loss_mask(inputs), self.importance_sampling_level)
-        return weight_by_ratio(kl_BT, ratio, estimator)
+        if self.args.use_bias_correction_kl:
+            old_logp_BT = inputs.get("old_per_token_logps", logp_BT.detach())
+            ratio = importance_ratio(logp_BT, old_logp_BT, _loss_mask(inputs), self.importance_sampling_level)
+            kl_BT = weight_by_ratio(kl_BT, ratio, estimator)
+        return {"kl": kl_BT}
 
-    def _reduce(self, values_BT: torch.Tensor, inputs: dict[str, Any], steps: int, mode: str) -> torch.Tensor:
+    def _reduce(self, values_BT: torch.Tensor, inputs: dict[str, Any], steps: int) -> torch.Tensor:
         window_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if mode == "train":
+        if self._mode == "train":
             window_tokens = window_tokens * steps / self.args.steps_per_generation
         return reduce_tokens(
             values_BT,
@@ -297,16 +281,23 @@ class GRPOExtTrainer(GRPOTrainer):
             accumulation_steps=steps,
         )
 
-    def _log_kl(self, kl_BT: torch.Tensor, output: Any, inputs: dict[str, Any], mode: str) -> None:
-        """The KL's mean over all loss tokens and, beside an exact KL, those of the estimates from the same tokens."""
-        mask_BT = _loss_mask(inputs)
-        values = {"kl": kl_BT}
-        if self.args.kl_estimator == "exact":
-            logp_BT = _completion_logps(output, inputs)
-            values |= {f"kl/{k}": kl_estimate(logp_BT, output.ref_log_probs, k) for k in ("k1", "k3")}
-        sums = [value.detach().masked_fill(mask_BT == 0, 0.0).sum() for value in values.values()]
-        *sums, count = total(self.accelerator, torch.stack([*sums, mask_BT.sum().float()]))
-        self._record(mode, {name: total / max(count, 1.0) for name, total in zip(values, sums, strict=True)})
+    def _log_loss(
+        self,
+        policy_loss: torch.Tensor,
+        kl_loss: torch.Tensor | None,
+        kls: dict[str, torch.Tensor],
+        mask_BT: torch.Tensor,
+    ) -> None:
+        """Log the loss's parts as means over processes and the KLs as means over loss tokens, in one reduction."""
+        parts = {} if kl_loss is None else {"kl_loss": kl_loss}
+        if not self._entropy_bonus_enabled:
+            # With an entropy bonus TRL logs its own
+            parts["policy_loss"] = policy_loss
+        sums = [kl_BT.detach().masked_fill(mask_BT == 0, 0.0).sum() for kl_BT in kls.values()]
+        summed = total(self.accelerator, torch.stack([*parts.values(), *sums, mask_BT.sum()]))
+        counts = [self.accelerator.num_processes] * len(parts) + [max(summed[-1], 1.0)] * len(sums)
+        means = [value / count for value, count in zip(summed, counts, strict=False)]
+        self._record(dict(zip([*parts, *kls], means, strict=True)))
 
 
 def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:

@@ -83,7 +83,7 @@ def wrap_source(
     """
     A source of `reward_funcs` as the trainer uses it.
 
-    A function, synchronous or not, becomes a [`RewardSource`]; a model stays, or is cut into forwards of `batch_tokens`.
+    A function becomes a [`RewardSource`]; a model stays, or gets its forwards cut to `batch_tokens`.
     """
     if isinstance(source, nn.Module):
         return source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator)

@@ -105,7 +105,7 @@ def read_reward(value: Any, length: int, where: str) -> Reward:
     )
 
 
-def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor) -> torch.Tensor:
     """
     Put one source's rewards on the tokens that carry them; NaN everywhere else.
 
@@ -116,17 +116,15 @@ def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor, dtype: torch
             What [`read_reward`] returned.
         mask_BT (`torch.Tensor` of shape `(B, T)`):
             Loss mask, 1 for tokens that are trained on.
-        dtype (`torch.dtype`):
-            Floating dtype of the result.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`.
+        `torch.Tensor` of shape `(B, T)`, float32, on the device of the mask.
     """
-    placed_BT = torch.full(mask_BT.shape, torch.nan, dtype=dtype)
-    mask_BT = mask_BT.bool().cpu()
+    placed_BT = torch.full(mask_BT.shape, torch.nan)
+    loss_tokens_BT = mask_BT.bool().cpu()
     for row, reward in enumerate(rewards):
         if isinstance(reward, StepRewards):
-            placed_BT[row, torch.tensor(reward.ends)] = torch.tensor(reward.values, dtype=dtype)
-        elif reward is not None and mask_BT[row].any():
-            placed_BT[row, mask_BT[row].nonzero()[-1]] = reward
-    return placed_BT
+            placed_BT[row, torch.tensor(reward.ends)] = torch.tensor(reward.values)
+        elif reward is not None and loss_tokens_BT[row].any():
+            placed_BT[row, loss_tokens_BT[row].nonzero()[-1]] = reward
+    return placed_BT.to(mask_BT.device)
