@@ -1,6 +1,8 @@
 """recipes/grpo.py and its reward sources: configuration, data, rewards by name, steps on tokens, and one whole run."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,16 @@ def test_every_config_parses_and_its_rewards_load(path, byte_tokenizer):
     script_args, training_args, _ = parse("--config", str(path))
     sources = grpo.load_rewards(script_args.reward_funcs, training_args.reward_weights, byte_tokenizer)
     assert len(sources) == len(script_args.reward_funcs)
+
+
+def test_commands_of_the_readme_parse(monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    text = (RECIPES / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"accelerate launch recipes/grpo\.py ([^`\n]+)", text)
+    assert len(commands) >= 3
+    for command in commands:
+        # bfloat16, TRL's default, is refused where there is no GPU, as the command for a larger model would be
+        parse(*shlex.split(command), "--bf16", "false")
 
 
 def test_unknown_key_of_a_config_fails(tmp_path):
