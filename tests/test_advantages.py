@@ -181,24 +181,22 @@ def test_zero_spread_beside_a_group_with_spread_gives_exactly_zero(estimator, sc
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_group_of_one_gets_zero(estimator, scale, order):
-    rewards = np.random.default_rng(2).normal(size=(5, 49))
-    advantages = advantages_of(
-        rewards, np.ones((5, 49), dtype=np.int64), 1, estimator=estimator, scale=scale, aggregation=order, gamma=0.9
-    )
-    assert not advantages.any()
+    """Of every length to 120: 13 weights of 1/13 sum to more than 1 in floating point, 49 of 1/49 to less."""
+    rewards = np.random.default_rng(2).normal(size=(120, 120))
+    mask = np.tri(120, dtype=np.int64)
+    options = {"estimator": estimator, "scale": scale, "aggregation": order, "gamma": 0.9}
+    assert not advantages_of(rewards, mask, 1, **options).any()
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_only_judged_completion_of_a_group_gets_zero(estimator, scale):
-    """49 tokens of weight 1/49 do not sum to 1 in floating point: a count of completions is meant, not that sum."""
-    rewards = np.random.default_rng(3).normal(size=(6, 49))
-    rewards[1:3] = np.nan
-    advantages = advantages_of(
-        rewards, np.ones((6, 49), dtype=np.int64), 3, estimator=estimator, scale=scale, gamma=0.9
-    )
-    assert not advantages[:3].any()
-    assert advantages[3:].any(axis=1).all()
+    rewards = np.random.default_rng(3).normal(size=(240, 120))
+    rewards[1:-1:2] = np.nan
+    mask = np.repeat(np.tri(120, dtype=np.int64), 2, axis=0)
+    advantages = advantages_of(rewards, mask, 2, estimator=estimator, scale=scale, gamma=0.9)
+    assert not advantages[:-2].any()
+    assert advantages[-2:].any(axis=1).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
