@@ -1,10 +1,13 @@
 """Small real models and tokenizers in Hub-shaped folders, made once per session."""
 
+import gc
 import os
 
 
-# Read when torch and transformers are imported: no downloads, and no fight for the cores between workers
+# Read when torch and transformers are imported: no downloads, and no fight for the cores between workers, nor within
+# one, where threads cost ten times what they gain on models of this size
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -22,3 +25,10 @@ def tiny_model(tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_out_of_the_garbage_collector():
+    # `Trainer.train` collects garbage, which otherwise walks all of torch and transformers each time
+    gc.collect()
+    gc.freeze()

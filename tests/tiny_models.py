@@ -44,7 +44,8 @@ def save_tiny_model(folder: Path, model_class=LlamaForCausalLM, config_class=Lla
         "tie_word_embeddings": False,
     }
     model = model_class(config_class(**{**settings, **overrides}))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if model.can_generate():
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

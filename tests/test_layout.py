@@ -1,0 +1,140 @@
+"""The shape of the repository and of the code: who may import what, how long a function is, what lies on top."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "trl_grpo_ext"
+MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
+
+# Formulas that can be read and tested without TRL
+PURE = [
+    "advantages.py",
+    "aggregation.py",
+    "fused_head.py",
+    "importance.py",
+    "kl.py",
+    "metrics.py",
+    "reduction.py",
+    "rewards/transforms.py",
+    "rewards/types.py",
+]
+MAY_USE_UPSTREAM = ["config.py", "policy_forward.py", "reference.py", "rewards/sources.py", "trainer.py"]
+# Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common
+MAY_ASK_FOR_ATTRIBUTES = {"rewards/sources.py": ["getattr"], "rewards/types.py": ["hasattr"]}
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "recipes",
+    "tests",
+    "trl_grpo_ext",
+}
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path):
+    """Modules that a file imports anywhere in it; those of the package by their file."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1]
+            named = [node.module] if node.module else [alias.name for alias in node.names]
+            targets = [folder.joinpath(*name.split(".")) for name in named]
+            found |= {
+                target.relative_to(PACKAGE).as_posix() + ("/__init__.py" if target.is_dir() else ".py")
+                for target in targets
+            }
+    return found
+
+
+def roots(path):
+    return {name.split(".")[0] for name in imports(path) if not name.endswith(".py")}
+
+
+def test_the_lists_name_modules_that_exist():
+    assert set(PURE) | set(MAY_USE_UPSTREAM) | set(MAY_ASK_FOR_ATTRIBUTES) <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_module_imports_torch_the_standard_library_and_pure_modules(module):
+    own = {name for name in imports(MODULES[module]) if name.endswith(".py")}
+    assert roots(MODULES[module]) - sys.stdlib_module_names - {"torch"} == set()
+    assert own <= set(PURE)
+
+
+def test_trl_is_imported_in_one_place_and_reached_through_it():
+    assert [name for name, path in MODULES.items() if "trl" in roots(path)] == ["_upstream.py"]
+    users = [name for name, path in MODULES.items() if "_upstream.py" in imports(path)]
+    assert set(users) <= set(MAY_USE_UPSTREAM)
+
+
+def test_the_package_imports_itself_relatively():
+    assert [name for name, path in MODULES.items() if "trl_grpo_ext" in roots(path)] == []
+
+
+def functions(path):
+    return [n for n in ast.walk(tree(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_longer_than_75_lines(module):
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(MODULES[module])}
+    assert {name: length for name, length in lengths.items() if length > 75} == {}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "_upstream.py"])
+def test_nothing_is_asked_of_an_object_that_upstream_has_checked(module):
+    calls = [n.func for n in ast.walk(tree(MODULES[module])) if isinstance(n, ast.Call)]
+    called = [function.id for function in calls if isinstance(function, ast.Name)]
+    asked = [name for name in called if name in ("getattr", "hasattr", "setattr", "delattr")]
+    assert asked in ([], MAY_ASK_FOR_ATTRIBUTES.get(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_class_and_public_function_has_a_docstring(module):
+    def private(name):
+        return name.startswith("_")
+
+    parsed = tree(MODULES[module])
+    public = [n for n in parsed.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not private(n.name)]
+    assert ast.get_docstring(parsed)
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_recipe_compiles_and_uses_the_package_as_installed(recipe):
+    compile(recipe.read_text(encoding="utf-8"), str(recipe), "exec")
+    assert "tests" not in roots(recipe)
+
+
+def tracked_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0 or not listed.stdout:
+        pytest.skip("not a git checkout")
+    return listed.stdout.splitlines()
+
+
+def test_nothing_else_lies_on_top():
+    assert {name.split("/")[0] for name in tracked_files()} <= TOP_LEVEL
+
+
+def test_no_file_is_called_utils():
+    assert [name for name in tracked_files() if re.search(r"(^|/)(utils|helpers|common|core)(\.py|/)", name)] == []
