@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"process_advantage": "position"},
     "accumulated": {"process_advantage": "position", "loss_type": "dapo"},
 }
-# Where there are two processes, the case "accumulated" is cut further: figures that are means over micro-batches differ
+# Micro-batches that each of two processes cuts its rows into; one process takes the whole batch
 MICRO_BATCHES = {"accumulated": 2}
 
 
