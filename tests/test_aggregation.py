@@ -412,3 +412,20 @@ def test_one_summed_stream_has_one_gamma(estimator):
     same = process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.9])
     assert torch.equal(same, process_advantages(*inputs, 3, estimator=estimator, gamma=0.9))
     process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.8], aggregation="normalize_then_sum")
+
+
+def test_a_batch_without_spread_gets_zero_under_batch_scale():
+    """One group's spread is above the rounding, the batch's below it: 2.8 at eps = 1e-8 if only the group counts."""
+    rewards_KNT = torch.ones(1, 16, 1, dtype=torch.float64)
+    rewards_KNT[0, 0] = 1 + 6e-7
+    advantages_NT = process_advantages(
+        rewards_KNT,
+        torch.ones(16, 1),
+        torch.ones(1, dtype=torch.float64),
+        4,
+        estimator="position",
+        gamma=1.0,
+        scale="batch",
+        eps=1e-8,
+    )
+    assert (advantages_NT == 0).all()

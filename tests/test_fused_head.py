@@ -155,12 +155,25 @@ def test_the_reference_gets_no_gradient_nor_does_a_frozen_head():
     torch.testing.assert_close(torch.autograd.grad(fused(p).kl.sum(), p.weight)[0], expected_gradient)
 
 
-def test_each_output_alone_has_its_gradient():
+class Projections(TorchDispatchMode):
+    """Counts matrix products that make logits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_output_alone_has_its_gradient_and_only_the_kl_needs_the_reference_for_it():
     p = problem(5, 4, 13, ref_width=3, dtype=torch.float64)
     leaves = trained(p)
     expected, expected_leaves = dense(p)
-    for name in ("logp", "entropy", "kl"):
-        actual_gradients = torch.autograd.grad(getattr(fused(p), name).sum(), leaves)
+    for name, projections in (("logp", 1), ("entropy", 1), ("kl", 2)):
+        output = getattr(fused(p), name).sum()
+        with Projections() as counted:
+            actual_gradients = torch.autograd.grad(output, leaves)
+        assert counted.count == projections
         expected_gradients = torch.autograd.grad(getattr(expected, name).sum(), expected_leaves, retain_graph=True)
         for x, y in zip(actual_gradients, expected_gradients, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
@@ -184,6 +197,17 @@ def test_bf16_is_no_worse_than_the_dense_version(autocast):
     for (a, b, c), leaf in zip(zip(*results, strict=True), leaves, strict=True):
         assert a.dtype == leaf.dtype
         assert root_mean_square(a, c) <= 1.1 * root_mean_square(b, c)
+
+
+def test_bf16_products_are_summed_over_the_chunks_without_rounding_each():
+    p = problem(200, 4, 30)
+    for name in ("hidden", "weight", "bias", "ref_hidden"):  # whole numbers: the logits are exact in bf16
+        setattr(p, name, getattr(p, name).round().clamp(-2, 2))
+    leaves = trained(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        one_chunk, chunks = fused(p), fused(p, logits_memory=6 * 30 * 4)
+    for x, y in zip(gradients(chunks, p, leaves), gradients(one_chunk, p, leaves), strict=True):
+        assert worst(x, y.double()) < 1e-5
 
 
 def test_autocast_of_the_forward_holds_in_the_backward():

@@ -285,14 +285,14 @@ def test_equations_of_a_line(line, verdicts):
 
 def test_right_wrong_and_repeated_lines():
     text = "4 + 9 = 13\n4 + 9 = 13\nhm\n13 - 2 = 12\n4+9=13, 13 - 2 = 11\n"
-    assert [reward for _, reward in equation_steps.line_rewards(text)] == [1.0, 0.0, -1.0, 1.0]
+    assert [reward for _, reward in equation_steps.line_rewards(text)] == [1.0, 0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
     "text, ends, values",
     [
-        ("1+1=2\n2+2=5", [4, 10], [1.0, -1.0]),
-        ("1+1=2\n2+2=5\n\n", [4, 10], [1.0, -1.0]),
+        ("1+1=2\n2+2=5", [4, 10], [1.0, 0.0]),
+        ("1+1=2\n2+2=5\n\n", [4, 10], [1.0, 0.0]),
         # "3\n" is one token, and it completes the first line
         ("1+2=3\n2+2=4", [4, 9], [1.0, 1.0]),
         # "\n5" is one token: the first line ends before it
@@ -325,7 +325,7 @@ def test_lines_that_end_in_one_token_are_one_step(byte_tokenizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str()))
     tokenizer.add_tokens([AddedToken("2\n1+1=3", normalized=False)])
     steps = equation_steps.EquationSteps(tokenizer).judge(tokenizer.encode("1+1=2\n1+1=3\n1+3=4"))
-    assert (steps.ends, steps.values) == ([4, 10], [-1.0, 1.0])
+    assert (steps.ends, steps.values) == ([4, 10], [0.0, 1.0])
 
 
 def test_steps_with_the_tokenizer_of_smollm2(smollm2_tokenizer):
@@ -333,7 +333,7 @@ def test_steps_with_the_tokenizer_of_smollm2(smollm2_tokenizer):
     text = "\n".join(lines) + "<|im_end|>"
     ids = smollm2_tokenizer.encode(text)
     steps = equation_steps.EquationSteps(smollm2_tokenizer).judge(ids)
-    assert steps.values == [1.0, 1.0, -1.0, 1.0]
+    assert steps.values == [1.0, 1.0, 0.0, 1.0]
     for end, line in zip(steps.ends, [line for line in lines if line], strict=True):
         assert line.rstrip() in smollm2_tokenizer.decode(ids[: end + 1])
         assert line.rstrip() not in smollm2_tokenizer.decode(ids[:end])
@@ -376,7 +376,7 @@ def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, rewar
         -m accelerate.commands.accelerate_cli launch {RECIPES / "grpo.py"} --config {SMOLLM2_CONFIG}
         --model_name_or_path {model} --output_dir {tmp_path / "out"} --max_steps 2
         --reward_funcs {reward_file}:lower reasoning_gym_task.task_score --gamma 0.9 1.0
-        --max_completion_length 8 --eval_strategy steps --eval_steps 2 --eval_size 16 --learning_rate 0.01
+        --max_completion_length 8 --eval_steps 2 --eval_size 16 --learning_rate 0.01
     """
     run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -386,5 +386,5 @@ def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, rewar
     assert 0 <= first["kl"] < 1e-8 < second["kl"]
     assert first["rewards/lower/std"] > 0
     assert "rewards/task_score/mean" in second
-    assert [entry["step"] for entry in log if "eval_reward" in entry] == [2]
+    assert [entry["step"] for entry in log if "eval_reward" in entry] == [0, 2]
     assert (tmp_path / "out" / "adapter_config.json").is_file()

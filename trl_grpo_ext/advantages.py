@@ -48,7 +48,7 @@ def discounted_returns(
         raise ValueError(f"expected rewards and step ends (N, T); got {tuple(rewards_NT.shape)} and {ends_shape}.")
     discounts_NT = torch.full_like(rewards_NT, gamma)
     if step_ends_NT is not None:
-        discounts_NT = discounts_NT.where(step_ends_NT, 1.0)
+        discounts_NT = discounts_NT.where(step_ends_NT.bool(), 1.0)
     returns_NT = rewards_NT
     span = 1
     while span < rewards_NT.size(1):
@@ -101,12 +101,14 @@ def _standardize(
     `scale` takes the std over the group (`"group"`), over the same set of all groups (`"batch"`), or none (`"none"`).
     """
     group = weighted_moments(values_PGT, weights_PGT, group_dims)
+    counted = group.has_spread & (weights_PGT > 0)
     centred = values_PGT - (group.mean if baseline is None else baseline)
     if scale == "group":
         centred = centred / (group.std + eps)
     elif scale == "batch":
-        centred = centred / (weighted_moments(values_PGT, weights_PGT, (0, *group_dims)).std + eps)
-    return centred.where(group.has_spread & (weights_PGT > 0), 0.0)
+        batch = weighted_moments(values_PGT, weights_PGT, (0, *group_dims))
+        centred, counted = centred / (batch.std + eps), counted & batch.has_spread
+    return centred.where(counted, 0.0)
 
 
 def position_advantages(
@@ -181,8 +183,9 @@ def leave_one_out_advantages(
     Returns against the mean token return of the group's other completions.
 
     `A_{i,t} = R_{i,t} - 1/(n-1) sum_{j != i} m_j`, `m_j = 1/L_j sum_t R_{j,t}` over the n judged completions, divided
-    by the std of the token returns, each completion counting once, unless `scale` is `"none"`. PURE (arXiv 2504.15275)
-    takes the mean over a fixed number of tokens instead of each completion's own, which depends on the padding.
+    by the std of the token returns, each completion counting once, unless `scale` is `"none"`. PURE (arXiv 2504.15275;
+    the verl branch of its code) divides the sums of the others' returns by the padded length instead of by their own,
+    so that its baseline depends on the padding.
 
     Reduces to RLOO for outcome rewards at gamma = 1 and `scale="none"`.
     """

@@ -49,9 +49,11 @@ def process_advantages(
     - `aggregation="sum_then_normalize"`: `"position"` and `"min"` normalise the weighted sum of the sources' returns;
       `"pooled"` and `"step"` normalise the weighted sum of their step rewards, then discount it.
     - `"normalize_then_sum"`: `A = sum_k w_k A^k`, each source by itself with its group's std, then
-      `(A - mean A) / (std A + eps)` over the batch, every judged completion counting 1, as TRL does for scalars.
+      `(A - mean A) / (std A + eps)` over the batch, every judged completion counting 1, as TRL does for scalars. That
+      mean is not 0 for ragged completions, and is subtracted in groups without spread as well.
 
-    Reduces to TRL's advantages for completions of one token, in both orders and all three scales.
+    Reduces to TRL's advantages for completions of one token, in both orders and all three scales (`"min"`, whose
+    baseline leaves the completion out, up to the factor `n / (n - 1)`).
 
     Args:
         rewards_KNT (`torch.Tensor` of shape `(K, N, T)`):

@@ -121,12 +121,17 @@ class GRPOExtConfig(GRPOConfig):
         self.gamma = _check_gamma(self.gamma)
         if not (_is_number(self.advantage_eps) and 0 <= self.advantage_eps < math.inf):
             raise ValueError(f"advantage_eps must be a finite number, 0 or larger; got {self.advantage_eps!r}.")
-        if self.reward_batch_tokens is not None and self.reward_batch_tokens < 1:
-            raise ValueError(f"reward_batch_tokens must be at least 1; got {self.reward_batch_tokens!r}.")
-        if self.prompt_separator == "":
-            raise ValueError("prompt_separator is empty; leave it at None for no separator.")
-        for name in self.reward_transforms or []:
-            parse_transform(name)
+        budget, separator = self.reward_batch_tokens, self.prompt_separator
+        if budget is not None and not (isinstance(budget, int) and not isinstance(budget, bool) and budget > 0):
+            raise ValueError(f"reward_batch_tokens must be an integer, 1 or larger; got {budget!r}.")
+        if separator is not None and not (isinstance(separator, str) and separator):
+            raise ValueError(f"prompt_separator must be a text that is not empty, or None; got {separator!r}.")
+        if self.reward_transforms is not None:
+            names = self.reward_transforms
+            # A YAML string where a list belongs reaches the config as it is
+            self.reward_transforms = [names] if isinstance(names, str) else list(names)
+            for name in self.reward_transforms:
+                parse_transform(name)
         _check_process(self)
         _check_kl(self)
 

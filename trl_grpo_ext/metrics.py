@@ -5,33 +5,35 @@ from collections.abc import Sequence
 import torch
 
 
-def step_metrics(names: Sequence[str], rewards_KNT: torch.Tensor) -> dict[str, float]:
+def step_metrics(names: Sequence[str], rewards_KNT: torch.Tensor) -> list[tuple[str, float]]:
     """
     Mean and std (ddof 1) of each source's token and step rewards, and their number per completion that it judges.
 
     Args:
         names (`Sequence[str]` of length K):
-            Names of the sources.
+            Names of the sources; where two share one, TRL's log averages them.
         rewards_KNT (`torch.Tensor` of shape `(K, N, T)`):
             Rewards on loss tokens, NaN where there is none.
 
     Returns:
-        `dict[str, float]`: NaN, which TRL's log leaves out, for a mean of nothing or a std of one.
+        `list[tuple[str, float]]`: NaN, which TRL's log leaves out, for a mean of nothing or a std of one.
     """
-    metrics = {}
+    metrics = []
     for name, rewards_NT in zip(names, rewards_KNT, strict=True):
         given_NT = ~rewards_NT.isnan()
         steps = rewards_NT[given_NT]
-        metrics[f"rewards/{name}/step_mean"] = steps.mean().item()
-        metrics[f"rewards/{name}/step_std"] = steps.std().item() if len(steps) > 1 else float("nan")
-        metrics[f"rewards/{name}/steps"] = given_NT.sum(1)[given_NT.any(1)].double().mean().item()
+        metrics += [
+            (f"rewards/{name}/step_mean", steps.mean().item()),
+            (f"rewards/{name}/step_std", steps.std().item() if len(steps) > 1 else float("nan")),
+            (f"rewards/{name}/steps", given_NT.sum(1)[given_NT.any(1)].double().mean().item()),
+        ]
     return metrics
 
 
-def unjudged_shares(names: Sequence[str], rewards_NK: torch.Tensor) -> dict[str, float]:
+def unjudged_shares(names: Sequence[str], rewards_NK: torch.Tensor) -> list[tuple[str, float]]:
     """Share of completions for which each source gave no reward (NaN)."""
     shares = rewards_NK.isnan().double().mean(0).tolist()
-    return {f"rewards/{name}/unjudged": share for name, share in zip(names, shares, strict=True)}
+    return [(f"rewards/{name}/unjudged", share) for name, share in zip(names, shares, strict=True)]
 
 
 def completion_means(advantages: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

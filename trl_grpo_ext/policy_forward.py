@@ -44,9 +44,23 @@ class ExactKLOutput(FusedCausalLMOutput):
 
 
 class ReferenceHead:
-    """The head of the reference, known once its first pass has run; under LoRA it is the policy's own."""
+    """
+    The head of the reference as it was when a batch was generated; under LoRA it is the policy's own.
 
-    module: nn.Linear | None = None
+    Batches of training and of evaluation can be in use at once, so each has its own.
+    """
+
+    def __init__(self, policy: nn.Module):
+        self.policy = policy
+        self._modules: dict[bool, nn.Linear] = {}
+
+    @property
+    def module(self) -> nn.Linear:
+        return self._modules[self.policy.training]
+
+    @module.setter
+    def module(self, module: nn.Linear) -> None:
+        self._modules[self.policy.training] = module
 
 
 def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: ReferenceHead) -> None:
@@ -127,12 +141,12 @@ def _token_stats(
     head: nn.Linear,
     labels_BT: torch.Tensor,
     ref_hidden_BTH: torch.Tensor,
-    ref_head: nn.Linear | None,
+    ref_head: nn.Linear,
     settings: HeadSettings,
 ) -> ExactKLOutput:
     """Run the fused head on the labelled tokens only, and put its statistics back in place."""
     own = _Head.of(head)
-    other = None if ref_head is None or ref_head is head else _Head.of(ref_head)
+    other = None if ref_head is head else _Head.of(ref_head)
     # With a model split over devices, the head can live on another one than the backbone's end
     device = own.weight.device
     labels_BT = labels_BT.to(device)

@@ -1,5 +1,6 @@
 """The reference policy of the exact KL: run once per generated batch, its last hidden states kept."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -29,21 +30,25 @@ class CachedReference:
             its adapter or with the frozen adapter `"ref"`.
         accelerator (`Accelerator`):
             To unwrap the models.
+        moves (`bool`):
+            Whether the reference is updated during training (`sync_ref_model`). A batch keeps the reference that it
+            was generated with, so its head is then copied for each.
     """
 
-    def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator):
+    def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator, moves: bool):
         self.policy = model
         self.ref_model = ref_model
+        self.moves = moves
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "kl_estimator='exact' needs an adapter inside the layers (LoRA and its kind): prompt learning changes "
                 "the sequence that the reference would have to see. Use 'k3', or another PEFT method."
             )
         policy = base_language_model(model)
-        settings, ref_head = head_settings(policy.forward), ReferenceHead()
-        add_exact_kl(policy, settings, ref_head)
+        settings, self._head = head_settings(policy.forward), ReferenceHead(model)
+        add_exact_kl(policy, settings, self._head)
         if ref_model is not None:
-            add_exact_kl(accelerator.unwrap_model(ref_model), settings, ref_head)
+            add_exact_kl(accelerator.unwrap_model(ref_model), settings, self._head)
         self._hidden_states: list[torch.Tensor] = []
 
     def is_reference(self, model: nn.Module) -> bool:
@@ -68,4 +73,6 @@ class CachedReference:
         slices, self._hidden_states = self._hidden_states, []
         if not slices:
             raise RuntimeError("TRL generated a batch without a pass of the reference; the exact KL needs one.")
+        if self.moves:
+            self._head.module = copy.deepcopy(self._head.module)
         return torch.cat(slices)

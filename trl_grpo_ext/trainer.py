@@ -1,6 +1,6 @@
 """The trainer: TRL's, with our advantages in the batch and our KL in the loss."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -87,7 +87,9 @@ class GRPOExtTrainer(GRPOTrainer):
             self.importance_sampling_level = "token"
         self._reference = None
         if args.kl_estimator == "exact":
-            self._reference = CachedReference(cast(nn.Module, self.model), self.ref_model, self.accelerator)
+            self._reference = CachedReference(
+                cast(nn.Module, self.model), self.ref_model, self.accelerator, moves=args.sync_ref_model
+            )
         self._rewards_per_func = torch.empty(0)
 
     def _tokenize_separator(self) -> list[int]:
@@ -195,11 +197,11 @@ class GRPOExtTrainer(GRPOTrainer):
             logged.pop()
         logged.extend(means)
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
-        self._record({"advantages/positive_share": positive / max(counted, 1.0)})
+        self._record([("advantages/positive_share", positive / max(counted, 1.0))])
         self._record(unjudged_shares(self.reward_func_names, self._rewards_per_func))
 
-    def _record(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
+    def _record(self, metrics: Iterable[tuple[str, float]]) -> None:
+        for name, value in metrics:
             self._metrics[self._mode][name].append(value)
 
     @contextmanager
@@ -297,7 +299,7 @@ class GRPOExtTrainer(GRPOTrainer):
         summed = total(self.accelerator, torch.stack([*parts.values(), *sums, mask_BT.sum()]))
         counts = [self.accelerator.num_processes] * len(parts) + [max(summed[-1], 1.0)] * len(sums)
         means = [value / count for value, count in zip(summed, counts, strict=False)]
-        self._record(dict(zip([*parts, *kls], means, strict=True)))
+        self._record(zip([*parts, *kls], means, strict=True))
 
 
 def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:

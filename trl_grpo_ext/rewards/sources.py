@@ -1,5 +1,6 @@
 """Reward functions whose token and step rewards are remembered while TRL sees one number per completion."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from .._upstream import is_async_callable
 from .batching import TokenBatchedModel
 from .transforms import transform_reward
-from .types import Reward, StepRewards, read_reward
+from .types import Reward, StepRewards, check_finite, read_reward
 
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -44,6 +45,8 @@ class RewardSource:
         self.function = function
         self.name = name
         self.transform = transform
+        while isinstance(function, functools.partial):
+            function = function.func
         # An attribute of the user's function, absent on most
         self.reduce = getattr(function, "reduce", "sum")
         if self.reduce not in REDUCTIONS:
@@ -59,12 +62,17 @@ class RewardSource:
             raise ValueError(
                 f"reward source '{self.name}' returned {len(returned)} rewards for {len(completion_ids)} completions."
             )
-        self.rewards = []
+        self.rewards, numbers = [], []
         for index, (value, ids) in enumerate(zip(returned, completion_ids, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
-            self.rewards.append(transform_reward(read_reward(value, len(ids), where), self.transform, where))
-        reduce = REDUCTIONS[self.reduce]
-        return [reduce(r.values) if isinstance(r, StepRewards) else r for r in self.rewards]
+            reward = transform_reward(read_reward(value, len(ids), where), self.transform, where)
+            self.rewards.append(reward)
+            if isinstance(reward, StepRewards):
+                reward = check_finite(
+                    REDUCTIONS[self.reduce](reward.values), f"{where}: the {self.reduce} of its steps"
+                )
+            numbers.append(reward)
+        return numbers
 
     def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
         return self.read(self.function(completion_ids=completion_ids, **kwargs), completion_ids)

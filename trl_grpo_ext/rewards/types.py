@@ -1,6 +1,5 @@
 """What a reward source may return for one completion, and how it is checked."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -36,25 +35,39 @@ class StepRewards:
 Reward = float | StepRewards | None
 
 
+# TRL holds rewards in float32, where anything larger is infinite
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def _plain(value: Any) -> Any:
-    """NumPy and torch scalars and arrays as Python numbers and lists."""
+    """NumPy and torch scalars and arrays, also those in lists, as Python numbers and lists."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(element) for element in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _finite(values: Sequence[Any], where: str, field: str) -> list[float]:
+def check_finite(value: float, what: str) -> float:
+    """`value` as a float, or `ValueError` if float32 cannot hold it as a finite number."""
+    # Also false for NaN
+    if not abs(value) <= _LARGEST:
+        raise ValueError(
+            f"{what} is {value!r}; rewards must be finite (in float32), and None where nothing is judged."
+        )
+    return float(value)
+
+
+def _numbers(values: Sequence[Any], where: str, field: str) -> list[float]:
     for position, value in enumerate(values):
         if not isinstance(value, Real):
             raise TypeError(f"{where}: {field}[{position}] is {value!r}, which is not a number.")
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {field}[{position}] is {value!r}; rewards must be finite.")
-    return [float(value) for value in values]
+    return [check_finite(value, f"{where}: {field}[{position}]") for position, value in enumerate(values)]
 
 
 def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
-    ends, values = list(_plain(reward.ends)), list(_plain(reward.values))
+    ends, values = _plain(list(reward.ends)), _plain(list(reward.values))
     if len(ends) != len(values):
         raise ValueError(f"{where}: StepRewards has {len(ends)} `ends` but {len(values)} `values`.")
-    values = _finite(values, where, "values")
+    values = _numbers(values, where, "values")
     previous = -1
     for position, end in enumerate(ends):
         if isinstance(end, bool) or not isinstance(end, int):
@@ -84,7 +97,8 @@ def read_reward(value: Any, length: int, where: str) -> Reward:
 
     Raises:
         TypeError: not one of the four forms.
-        ValueError: NaN or infinite rewards, a token list of another length, or `ends` out of range or not increasing.
+        ValueError: rewards that are NaN, infinite or too large for float32, a token list of another length, or `ends`
+            out of range or not increasing.
     """
     value = _plain(value)
     if value is None:
@@ -92,13 +106,11 @@ def read_reward(value: Any, length: int, where: str) -> Reward:
     if isinstance(value, StepRewards):
         return _read_steps(value, length, where)
     if isinstance(value, Real):
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: the reward is {value!r}; return None where the source does not judge.")
-        return float(value)
-    if isinstance(value, (list, tuple)):
+        return check_finite(float(value), f"{where}: the reward")
+    if isinstance(value, list):
         if len(value) != length:
             raise ValueError(f"{where}: {len(value)} token rewards for a completion of {length} tokens.")
-        return StepRewards(list(range(length)), _finite(value, where, "token rewards"))
+        return StepRewards(list(range(length)), _numbers(value, where, "token rewards")) if value else None
     raise TypeError(
         f"{where}: got {type(value).__name__}; a reward is a float, a list of floats as long as the completion, "
         "StepRewards or None."
