@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_grpo_ext.kl import exact_kl, importance_ratio, kl_estimate, weight_by_ratio
+from trl_grpo_ext.importance import importance_ratio
+from trl_grpo_ext.kl import exact_kl, kl_estimate, weight_by_ratio
 
 
 POLICY_LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.1, -0.4], dtype=torch.float64)

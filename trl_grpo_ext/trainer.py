@@ -11,8 +11,8 @@ from ._upstream import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .aggregation import process_advantages
 from .collectives import gather, gather_tokens, local_rows, total
 from .config import GRPOExtConfig
-from .importance import sequence_token_old_logps
-from .kl import importance_ratio, kl_estimate, weight_by_ratio
+from .importance import importance_ratio, sequence_token_old_logps
+from .kl import kl_estimate, weight_by_ratio
 from .metrics import completion_means, positive_counts, step_metrics, unjudged_shares
 from .policy_forward import ModelCall
 from .reduction import reduce_tokens
