@@ -34,11 +34,13 @@ class EquationSteps:
     """
     Judges each line of a completion that holds an equation such as `4 + 9 = 13`, by computing both sides exactly.
 
-    A step is such a line. It earns 1 if all its equations hold, -1 if one does not, and 0 if all of them stand on an
-    earlier line already, since copying a right line would pay otherwise. Its reward sits on the token that completes
-    the line's text. Lines without an operator or with letters or brackets inside the equation are not judged, nor is a
-    completion without any judged line (`None`). Right but pointless equations still pay: train with a source that
-    judges the answer beside this one.
+    A step is such a line. It earns 1 if all its equations hold and not all of them stand on an earlier line, otherwise
+    0; its reward sits on the token that completes the line's text. Lines without an operator or with letters or
+    brackets inside the equation are not judged, nor is a completion without any judged line (`None`).
+
+    Right but pointless equations earn 1 too, and a policy that is paid for each learns to write as many as fit. Use
+    `reward_transforms: [clip, ...]`, under which a right line costs nothing and a wrong one 0.5, beside a source that
+    judges the answer.
 
     Reward functions get token ids but no tokenizer, and text is mapped to tokens with the policy's own; this is why it
     is a class. `recipes/grpo.py` builds a class named in `reward_funcs` with the policy's tokenizer.
@@ -90,8 +92,8 @@ def line_rewards(text: str) -> list[tuple[int, float]]:
     for line in text.splitlines(keepends=True):
         verdicts = judge_equations(line)
         if verdicts:
-            right = 1.0 if verdicts.keys() - seen else 0.0
-            rewards.append((start + len(line.rstrip()), right if all(verdicts.values()) else -1.0))
+            right = all(verdicts.values()) and not verdicts.keys() <= seen
+            rewards.append((start + len(line.rstrip()), float(right)))
             seen.update(verdicts)
         start += len(line)
     return rewards
