@@ -1,4 +1,4 @@
-"""The quickstart: its judges to the letter, its files from a short run, and its promise from a full one."""
+"""The quickstart: its judges to the letter, its files from a short run. `.ci/run` holds it to its promise."""
 
 import json
 import os
@@ -152,11 +152,3 @@ def test_short_run_on_two_processes(tmp_path):
     metrics = run_quickstart(tmp_path, *SHORT, launcher=launcher, ACCELERATE_USE_CPU="true")
     assert metrics["processes"] == 2
     check_files(tmp_path, metrics)
-
-
-@pytest.mark.slow
-def test_accuracy_rises_by_25_points_in_5_minutes(tmp_path):
-    metrics = run_quickstart(tmp_path)
-    assert 0.4 <= metrics["accuracy_before"] <= 0.65
-    assert metrics["accuracy_after"] - metrics["accuracy_before"] >= 0.25
-    assert metrics["seconds"] <= 300
