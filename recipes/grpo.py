@@ -262,6 +262,8 @@ def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args:
     trainer.accelerator.print(f"Model and trainer_state.json saved in {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset)
+    # Gloo's threads may need Python's lock to finish; they have it while this waits, but not in the next line
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

@@ -439,6 +439,8 @@ def main(args: QuickstartArguments) -> None:
         after = evaluate(trainer.model, problems.held_out)
         log = [entry for entry in trainer.state.log_history if "kl" in entry]
         report(args, log, before, after, time.perf_counter() - start)
+    # Gloo's threads may need Python's lock to finish; they have it while this waits, but not in the next line
+    state.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

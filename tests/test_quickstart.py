@@ -121,7 +121,9 @@ def test_completion_is_cut_after_its_first_end_of_sequence():
 
 def run_quickstart(output_dir: Path, *arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> dict:
     command = [sys.executable, *launcher, "recipes/quickstart.py", "--output_dir", str(output_dir), *arguments]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads((output_dir / "metrics.json").read_text())
 
