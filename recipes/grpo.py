@@ -155,7 +155,8 @@ def load_module(name: str, spec: str) -> ModuleType:
 def load_file(path: str, spec: str) -> ModuleType:
     if not Path(path).is_file():
         raise FileNotFoundError(f"reward_funcs: {spec!r}: there is no file {path!r}.")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own: a file called random.py must not become Python's `random`
+    module_spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)

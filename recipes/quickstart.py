@@ -334,6 +334,7 @@ def grpo_config(args: QuickstartArguments) -> GRPOExtConfig:
         dataloader_pin_memory=False,
         gradient_checkpointing=False,
         bf16=False,
+        use_cpu=not torch.accelerator.is_available(),
     )
 
 
@@ -420,7 +421,8 @@ def main(args: QuickstartArguments) -> None:
     # TRL uses names that transformers is about to retire; the bars are for models larger than this one
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     transformers.logging.disable_progress_bar()
-    state = PartialState()
+    # Told about the CPU, or each process would take itself for the only one
+    state = PartialState(cpu=not torch.accelerator.is_available())
     set_seed(args.seed)
     problems = split_problems(args)
     warmed_up = Path(args.output_dir) / "warmed_up"

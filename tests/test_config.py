@@ -118,6 +118,10 @@ BAD_COMBINATIONS = {
         {**PROCESS, "importance_sampling_level": "sequence"},
         ["importance_sampling_level='sequence'", "supervision='process'", "sequence_token"],
     ),
+    "off-policy mask with process": (
+        {**PROCESS, "off_policy_mask_threshold": 0.5},
+        ["off_policy_mask_threshold", "supervision='process'"],
+    ),
     "exact without beta": ({"kl_estimator": "exact"}, ["kl_estimator='exact'", "beta"]),
     "k1 without beta": ({"kl_estimator": "k1"}, ["kl_estimator='k1'", "beta"]),
     "k2 without beta": ({"kl_estimator": "k2"}, ["kl_estimator='k2'", "beta"]),

@@ -114,6 +114,9 @@ def test_step_rewards_without_steps_judge_nothing():
         ([0.5, "1", 0.5], TypeError, r"token rewards\[1\] is '1'"),
         (StepRewards([0, 1], [1.0]), ValueError, "2 `ends` but 1 `values`"),
         (StepRewards([0], [1.0, 1.0]), ValueError, "1 `ends` but 2 `values`"),
+        (StepRewards(None, [1.0]), TypeError, "StepRewards has ends=None; expected a list"),
+        (StepRewards(0, 1.0), TypeError, "StepRewards has ends=0; expected a list"),
+        (StepRewards([0], 1.0), TypeError, "StepRewards has values=1.0; expected a list"),
         (StepRewards([0, 3], [1.0, 1.0]), ValueError, r"ends\[1\] is 3, outside the completion's 3 tokens"),
         (StepRewards([-1], [1.0]), ValueError, r"ends\[0\] is -1, outside"),
         (StepRewards([1, 1], [1.0, 1.0]), ValueError, r"ends\[1\] is 1 after 1; ends must increase"),
@@ -294,6 +297,33 @@ def test_an_unknown_reduce_is_refused_when_the_source_is_wrapped(reduce):
 def test_as_many_rewards_as_completions(count):
     with pytest.raises(ValueError, match=f"reward source 'judge' returned {count} rewards for 4 completions"):
         source_of(returning([0.5] * count))(completion_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        None,
+        0.5,
+        "text",
+        StepRewards([0], [1.0]),
+        dict.fromkeys(range(4), 1.0),
+        {0.1, 0.2, 0.3, 0.4},
+        torch.tensor(1.0),
+    ],
+)
+def test_anything_but_a_list_of_rewards_is_refused(returned):
+    with pytest.raises(TypeError, match="reward source 'judge' returned .*expected a list with one reward per"):
+        source_of(returning(returned))(completion_ids=IDS)
+
+
+def test_lengths_are_those_before_a_function_changes_its_lists():
+    def judge(completion_ids, **kwargs):
+        for ids in completion_ids:
+            ids.append(0)
+        return [StepRewards([len(ids) - 1], [1.0]) for ids in completion_ids]
+
+    with pytest.raises(ValueError, match=f"outside the completion's {len(IDS[0])} tokens"):
+        source_of(judge)(completion_ids=[list(ids) for ids in IDS])
 
 
 def test_the_completion_is_counted_within_the_batch():

@@ -952,7 +952,7 @@ def test_the_metrics_are_those_of_the_loss_tokens(tiny_model, tmp_path):
     entry = trainer.state.log_history[0]
     by_hand = {
         # Inside the mask: 1, 0.5 | 0.25 | 0.5, -1, 0.75 | 0, 1; completion 5 was judged in a hole only
-        "steps": ([1.0, 0.5, 0.25, 0.5, -1.0, 0.75, 0.0, 1.0], 8 / 4, 3 / 8),
+        "steps": ([1.0, 0.5, 0.25, 0.5, -1.0, 0.75, 0.0, 1.0], 8 / 4, 4 / 8),
         # 1 | 0.5, 0.5 | 0.25 | 0.75, 0.125 | 2
         "mixed": ([1.0, 0.5, 0.5, 0.25, 0.75, 0.125, 2.0], 7 / 5, 3 / 8),
     }

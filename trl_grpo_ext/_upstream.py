@@ -49,6 +49,8 @@ _ATTRIBUTES = {
         "importance_sampling_level",
         "num_generations",
         "num_generations_eval",
+        "scale_rewards",
+        "multi_objective_aggregation",
         "max_completion_length",
         "aux_loss_enabled",
         "router_aux_loss_coef",
@@ -65,12 +67,19 @@ _ATTRIBUTES = {
         "beta",
         "ref_model",
     },
-    "_compute_loss": {"_get_per_token_logps_and_entropies", "beta", "importance_sampling_level", "loss_type"},
+    "_compute_loss": {
+        "current_gradient_accumulation_steps",
+        "_get_per_token_logps_and_entropies",
+        "beta",
+        "importance_sampling_level",
+        "loss_type",
+    },
     "_calculate_rewards": {"reward_funcs"},
 }
 
-# Constants of a method: keys of the batch and keyword arguments of the fused forward
+# Constants of a method: names of adapters, keys of the batch and keyword arguments of the fused forward
 _CONSTANTS: dict[str, set[Any]] = {
+    "__init__": {"default", "ref"},
     "_generate_and_score_completions": {
         "advantages",
         "completion_ids",

@@ -43,7 +43,8 @@ class GRPOExtConfig(GRPOConfig):
         gamma (`float` or `list[float]`, *optional*, defaults to `0.99`):
             Discount in `[0, 1]`, one for all reward sources or one per source.
         gamma_unit (`str`, *optional*, defaults to `"token"`):
-            `"token"` discounts at every token, `"step"` only where a step ends.
+            `"token"` discounts at every token, `"step"` only where a step ends: of the same source where each source
+            has returns of its own, else of any source.
         advantage_eps (`float`, *optional*, defaults to `1e-4`):
             Added to the standard deviation that advantages are divided by. The default is TRL's.
         reward_transforms (`list[str]`, *optional*):
@@ -189,6 +190,12 @@ def _check_process(config: GRPOExtConfig) -> None:
         raise ValueError(
             "importance_sampling_level='sequence' gives every token of a completion the mean advantage, which undoes "
             "supervision='process'. Use 'token', or 'sequence_token': the sequence's ratio with per-token advantages."
+        )
+    if config.off_policy_mask_threshold is not None:
+        raise ValueError(
+            "off_policy_mask_threshold drops off-policy completions whose advantage is negative; with "
+            "supervision='process' a completion has advantages of both signs, and it would drop their negative tokens "
+            "only. Leave it at None."
         )
     several = isinstance(config.gamma, list) and len(set(config.gamma)) > 1
     merges = config.multi_objective_aggregation == "sum_then_normalize"

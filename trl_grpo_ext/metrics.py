@@ -30,9 +30,9 @@ def step_metrics(names: Sequence[str], rewards_KNT: torch.Tensor) -> list[tuple[
     return metrics
 
 
-def unjudged_shares(names: Sequence[str], rewards_NK: torch.Tensor) -> list[tuple[str, float]]:
-    """Share of completions for which each source gave no reward (NaN)."""
-    shares = rewards_NK.isnan().double().mean(0).tolist()
+def unjudged_shares(names: Sequence[str], unjudged_NK: torch.Tensor) -> list[tuple[str, float]]:
+    """Share of completions without a reward from each source, or with none on a token that is trained on."""
+    shares = unjudged_NK.double().mean(0).tolist()
     return [(f"rewards/{name}/unjudged", share) for name, share in zip(names, shares, strict=True)]
 
 

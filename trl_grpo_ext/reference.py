@@ -1,6 +1,8 @@
 """The reference policy of the exact KL: run once per generated batch, its last hidden states kept."""
 
 import copy
+import itertools
+import weakref
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,44 @@ from .policy_forward import ModelCall, ReferenceHead, add_exact_kl
 def base_language_model(model: nn.Module) -> PreTrainedModel:
     """The causal language model under PEFT, on which TRL patches `forward`."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+# Initialisations that change the base weights, by the start of their PEFT names
+_INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def prepare_adapter_reference(model: PeftModel) -> None:
+    """
+    See to it that the reference, the model without its adapter or its frozen copy `"ref"`, is the model as it starts.
+
+    TRL copies the adapter's parameters named `*.default.*` into `"ref"`. Those of parameter dicts are named
+    `*.default`: of embeddings under LoRA, of IA3, VeRA, LoHa and others. They are copied here.
+
+    Raises:
+        ValueError: the adapter changes weights outside itself, so that there is no such reference.
+    """
+    config = model.active_peft_config.to_dict()
+    # Not every PEFT method has these two
+    bias, init = config.get("bias", "none"), config.get("init_lora_weights")
+    if bias != "none":
+        raise ValueError(
+            f"bias={bias!r} in the PEFT config trains the base model's biases, and the KL's reference would move with "
+            "them. Use bias='none', or beta=0."
+        )
+    if isinstance(init, str) and init.startswith(_INITS_THAT_MOVE_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights={init!r} changes the base weights, so that the model without its adapter is not the "
+            "model before training, which the KL's reference must be. Use the default initialisation, or beta=0."
+        )
+    if "ref" not in model.peft_config:
+        return
+    tensors = dict(
+        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name.endswith(".default"):
+                tensors[name.removesuffix("default") + "ref"].copy_(tensor)
 
 
 class CachedReference:
@@ -46,9 +86,11 @@ class CachedReference:
             )
         policy = base_language_model(model)
         settings, self._head = head_settings(policy.forward), ReferenceHead(model)
-        add_exact_kl(policy, settings, self._head)
+        # The models outlive the trainer, and would keep the reference's head
+        head = weakref.proxy(self._head)
+        add_exact_kl(policy, settings, head)
         if ref_model is not None:
-            add_exact_kl(accelerator.unwrap_model(ref_model), settings, self._head)
+            add_exact_kl(accelerator.unwrap_model(ref_model), settings, head)
         self._hidden_states: list[torch.Tensor] = []
 
     def is_reference(self, model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ._upstream import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
@@ -16,7 +17,7 @@ from .kl import kl_estimate, weight_by_ratio
 from .metrics import completion_means, positive_counts, step_metrics, unjudged_shares
 from .policy_forward import ModelCall
 from .reduction import reduce_tokens
-from .reference import CachedReference
+from .reference import CachedReference, prepare_adapter_reference
 from .rewards.sources import RewardSource, read_model_rewards, wrap_source
 from .rewards.types import place_rewards
 
@@ -85,12 +86,22 @@ class GRPOExtTrainer(GRPOTrainer):
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
+        if self.beta != 0.0 and isinstance(self.model, PeftModel):
+            prepare_adapter_reference(self.model)
         self._reference = None
         if args.kl_estimator == "exact":
             self._reference = CachedReference(
                 cast(nn.Module, self.model), self.ref_model, self.accelerator, moves=args.sync_ref_model
             )
         self._rewards_per_func = torch.empty(0)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and self.args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model moves the reference, and checkpoints do not hold it: resumed, the run would train "
+                "against the model before training. Train without resuming, or with sync_ref_model=False."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _tokenize_separator(self) -> list[int]:
         separator = self.args.prompt_separator
@@ -135,8 +146,10 @@ class GRPOExtTrainer(GRPOTrainer):
         mask_BT = _loss_mask(output)
         if self.args.supervision == "process":
             output["advantages"] = self._process_advantages(mask_BT)
-        elif self.args.advantage_eps != ADVANTAGE_EPS:
-            output["advantages"] = self._outcome_advantages()
+        else:
+            self._record(unjudged_shares(self.reward_func_names, self._rewards_per_func.isnan()))
+            if self.args.advantage_eps != ADVANTAGE_EPS:
+                output["advantages"] = self._outcome_advantages()
         self._log_advantages(output["advantages"], mask_BT)
         return output
 
@@ -180,6 +193,7 @@ class GRPOExtTrainer(GRPOTrainer):
         mask_NT = gather_tokens(self.accelerator, mask_BT.long(), 0).bool()
         rewards_KNT = gather_tokens(self.accelerator, rewards_BKT, torch.nan).transpose(0, 1).where(mask_NT, torch.nan)
         self._record(step_metrics(self.reward_func_names, rewards_KNT))
+        self._record(unjudged_shares(self.reward_func_names, rewards_KNT.isnan().all(-1).T))
         return self._group_advantages(
             rewards_KNT,
             mask_NT,
@@ -198,7 +212,6 @@ class GRPOExtTrainer(GRPOTrainer):
         logged.extend(means)
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
         self._record([("advantages/positive_share", positive / max(counted, 1.0))])
-        self._record(unjudged_shares(self.reward_func_names, self._rewards_per_func))
 
     def _record(self, metrics: Iterable[tuple[str, float]]) -> None:
         for name, value in metrics:

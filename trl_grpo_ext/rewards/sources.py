@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from .._upstream import is_async_callable
 from .batching import TokenBatchedModel
 from .transforms import transform_reward
-from .types import Reward, StepRewards, check_finite, read_reward
+from .types import Reward, StepRewards, check_finite, plain, read_reward
 
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -55,17 +55,24 @@ class RewardSource:
             )
         self.rewards: list[Reward] = []
 
-    def read(self, returned: Sequence[Any], completion_ids: Sequence[Sequence[int]]) -> list[float | None]:
+    def read(self, returned: Any, lengths: Sequence[int]) -> list[float | None]:
         """Keep what the function returned for this batch and give TRL one number, or None, per completion."""
+        returned = plain(returned)
+        # An iteration over these would give keys, or no order
+        if not isinstance(returned, Iterable) or isinstance(returned, (str, Mapping, Set)):
+            raise TypeError(
+                f"reward source '{self.name}' returned {type(returned).__name__}; expected a list with one reward per "
+                "completion."
+            )
         returned = list(returned)
-        if len(returned) != len(completion_ids):
+        if len(returned) != len(lengths):
             raise ValueError(
-                f"reward source '{self.name}' returned {len(returned)} rewards for {len(completion_ids)} completions."
+                f"reward source '{self.name}' returned {len(returned)} rewards for {len(lengths)} completions."
             )
         self.rewards, numbers = [], []
-        for index, (value, ids) in enumerate(zip(returned, completion_ids, strict=True)):
+        for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
-            reward = transform_reward(read_reward(value, len(ids), where), self.transform, where)
+            reward = transform_reward(read_reward(value, length, where), self.transform, where)
             self.rewards.append(reward)
             if isinstance(reward, StepRewards):
                 reward = check_finite(
@@ -75,14 +82,17 @@ class RewardSource:
         return numbers
 
     def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        return self.read(self.function(completion_ids=completion_ids, **kwargs), completion_ids)
+        # Before the call: a function may change the lists that it gets
+        lengths = [len(ids) for ids in completion_ids]
+        return self.read(self.function(completion_ids=completion_ids, **kwargs), lengths)
 
 
 class AsyncRewardSource(RewardSource):
     """[`RewardSource`] of a coroutine function; TRL awaits all of them together."""
 
     async def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:  # type: ignore[override]
-        return self.read(await self.function(completion_ids=completion_ids, **kwargs), completion_ids)
+        lengths = [len(ids) for ids in completion_ids]
+        return self.read(await self.function(completion_ids=completion_ids, **kwargs), lengths)
 
 
 def wrap_source(

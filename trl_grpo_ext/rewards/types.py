@@ -1,6 +1,6 @@
 """What a reward source may return for one completion, and how it is checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -39,10 +39,10 @@ Reward = float | StepRewards | None
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy and torch scalars and arrays, also those in lists, as Python numbers and lists."""
     if isinstance(value, (list, tuple)):
-        return [_plain(element) for element in value]
+        return [plain(element) for element in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -64,7 +64,10 @@ def _numbers(values: Sequence[Any], where: str, field: str) -> list[float]:
 
 
 def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
-    ends, values = _plain(list(reward.ends)), _plain(list(reward.values))
+    for field, given in {"ends": reward.ends, "values": reward.values}.items():
+        if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, Set)):
+            raise TypeError(f"{where}: StepRewards has {field}={given!r}; expected a list.")
+    ends, values = plain(list(reward.ends)), plain(list(reward.values))
     if len(ends) != len(values):
         raise ValueError(f"{where}: StepRewards has {len(ends)} `ends` but {len(values)} `values`.")
     values = _numbers(values, where, "values")
@@ -100,7 +103,7 @@ def read_reward(value: Any, length: int, where: str) -> Reward:
         ValueError: rewards that are NaN, infinite or too large for float32, a token list of another length, or `ends`
             out of range or not increasing.
     """
-    value = _plain(value)
+    value = plain(value)
     if value is None:
         return None
     if isinstance(value, StepRewards):
