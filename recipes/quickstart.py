@@ -19,8 +19,8 @@ What differs from plain GRPO:
 Everything else is TRL: replace the two `Ext` names and drop these four settings, and this is a script for
 [`~trl.GRPOTrainer`].
 
-Expect, on 2 CPU cores: 200 s, and 50% -> 95% right answers on held-out problems, depending on the seed (measured with
-seeds 0, 1, 2: 52% -> 99%, 41% -> 83%, 51% -> 93%).
+Expect, on 2 CPU cores, 200 s and the accuracy on held-out problems to rise from about 50 % to about 90 % (measured
+with seeds 0, 1, 2: 52 % -> 97 %, 41 % -> 75 %, 51 % -> 89 %).
 
 Written to `output_dir`: `metrics.json`, `learning_curve.png`, and the policy in `warmed_up/` and `policy/`.
 """
@@ -60,7 +60,7 @@ class QuickstartArguments:
 
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "Folder for all results."})
     seed: int = field(default=0, metadata={"help": "Seed of the problems, the policy and the sampling."})
-    max_steps: int = field(default=150, metadata={"help": "GRPO updates."})
+    max_steps: int = field(default=120, metadata={"help": "GRPO updates."})
     num_prompts: int = field(default=16, metadata={"help": "Problems per GRPO update."})
     num_generations: int = field(default=8, metadata={"help": "Completions per problem: the size of a group."})
     num_held_out: int = field(default=512, metadata={"help": "Problems to evaluate on, before and after."})

@@ -23,6 +23,7 @@ PURE = [
     "kl.py",
     "metrics.py",
     "reduction.py",
+    "rewards/protocols.py",
     "rewards/transforms.py",
     "rewards/types.py",
 ]

@@ -211,7 +211,7 @@ def returning(returned, reduce=None):
 
 
 def source_of(function, transform="none"):
-    return wrap_source(function, "judge", transform, None, Accelerator(cpu=True))
+    return wrap_source(function, "judge", transform, None, Accelerator(cpu=True), None)
 
 
 IDS = [[1, 2, 3], [4, 5], [6], [7, 8]]
@@ -435,6 +435,6 @@ def test_scores_do_not_depend_on_the_budget_and_the_forwards_keep_to_it(classifi
 
 def test_only_a_model_with_a_budget_is_wrapped(classifier):
     accelerator = Accelerator(cpu=True)
-    assert wrap_source(classifier, "model", "none", None, accelerator) is classifier
-    assert isinstance(wrap_source(classifier, "model", "none", 64, accelerator), TokenBatchedModel)
-    assert isinstance(wrap_source(returning([]), "judge", "none", 64, accelerator), RewardSource)
+    assert wrap_source(classifier, "model", "none", None, accelerator, None) is classifier
+    assert isinstance(wrap_source(classifier, "model", "none", 64, accelerator, None), TokenBatchedModel)
+    assert isinstance(wrap_source(returning([]), "judge", "none", 64, accelerator, None), RewardSource)

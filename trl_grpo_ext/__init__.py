@@ -20,9 +20,10 @@ Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `
 """
 
 from .config import GRPOExtConfig
+from .rewards.models import OutcomeRewardModel, ProcessRewardModel
 from .rewards.types import StepRewards
 from .trainer import GRPOExtTrainer
 
 
-__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "StepRewards"]
+__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "OutcomeRewardModel", "ProcessRewardModel", "StepRewards"]
 __version__ = "0.1.0"

@@ -18,6 +18,7 @@ from .metrics import completion_means, positive_counts, step_metrics, unjudged_s
 from .policy_forward import ModelCall
 from .reduction import reduce_tokens
 from .reference import CachedReference, prepare_adapter_reference
+from .rewards.models import open_reward_model
 from .rewards.sources import RewardSource, read_model_rewards, wrap_source
 from .rewards.types import place_rewards
 
@@ -73,13 +74,18 @@ class GRPOExtTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
+        if reward_funcs is not None:
+            init_kwargs = cast(dict[str, Any], args.model_init_kwargs or {})
+            loading = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
+            sources = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [open_reward_model(s, loading) if isinstance(s, str) else s for s in sources]
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
         # A list of our own: the user's keeps the user's functions
         self.reward_funcs = [
-            wrap_source(*source, args.reward_batch_tokens, self.accelerator)
+            wrap_source(*source, args.reward_batch_tokens, self.accelerator, self._tokenizer)
             for source in zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
         ]
         self._sequence_token = args.importance_sampling_level == "sequence_token"

@@ -12,7 +12,7 @@ from torch import nn
 from .._upstream import is_async_callable
 from .batching import TokenBatchedModel
 from .transforms import transform_reward
-from .types import Reward, StepRewards, check_finite, plain, read_reward
+from .types import PreparedSource, Reward, StepRewards, check_finite, plain, read_reward
 
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -96,7 +96,7 @@ class AsyncRewardSource(RewardSource):
 
 
 def wrap_source(
-    source: Any, name: str, transform: str, batch_tokens: int | None, accelerator: Accelerator
+    source: Any, name: str, transform: str, batch_tokens: int | None, accelerator: Accelerator, policy_tokenizer: Any
 ) -> RewardSource | nn.Module:
     """
     A source of `reward_funcs` as the trainer uses it.
@@ -105,6 +105,8 @@ def wrap_source(
     """
     if isinstance(source, nn.Module):
         return source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator)
+    if isinstance(source, PreparedSource):
+        source.prepare(accelerator, policy_tokenizer, batch_tokens)
     return (AsyncRewardSource if is_async_callable(source) else RewardSource)(source, name, transform)
 
 

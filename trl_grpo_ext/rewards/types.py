@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,17 @@ class StepRewards:
 
     ends: Sequence[int]
     values: Sequence[float]
+
+
+@runtime_checkable
+class PreparedSource(Protocol):
+    """A reward source that the trainer prepares: a model to place, or one that reads the policy's tokens."""
+
+    def prepare(self, accelerator: Any, policy_tokenizer: Any, batch_tokens: int | None) -> None:
+        """Called once, before the first batch, with what the trainer has and `reward_batch_tokens`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's call of a reward function."""
 
 
 # What is left after reading: a number for the whole completion, rewards on tokens, or no judgement

@@ -1,0 +1,304 @@
+"""How scores are read from a reward model's hidden states: heads described by data, and the modules that read them.
+
+Every scorer runs the backbone once and reads at given positions only, in float32; no logits of the whole vocabulary
+are kept. Shapes: `B` solutions, `L` their padded ids, `R` read positions of all solutions, `O` outputs of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+# Positions whose logits over the whole vocabulary exist at the same time, in the log-ratio
+_CHUNK = 512
+
+
+class ReadBatch(NamedTuple):
+    """
+    Rendered solutions, padded on the right.
+
+    Args:
+        input_ids_BL (`torch.Tensor`):
+            Ids.
+        attention_mask_BL (`torch.Tensor`):
+            1 where attention may look.
+        rows_R, positions_R (`torch.Tensor`):
+            Row and column of each read position.
+        prompt_lengths_B (`torch.Tensor`):
+            Ids before the first step.
+    """
+
+    input_ids_BL: torch.Tensor
+    attention_mask_BL: torch.Tensor
+    rows_R: torch.Tensor
+    positions_R: torch.Tensor
+    prompt_lengths_B: torch.Tensor
+
+    def at_reads(self, values_BLx: torch.Tensor) -> torch.Tensor:
+        """Values at the read positions, in float32."""
+        return values_BLx[self.rows_R, self.positions_R].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: what stands on the backbone, under the key names of the checkpoint
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return config.get_text_config().to_dict()
+
+
+def _add(parent: nn.Module, path: str, child: nn.Module) -> None:
+    """Put a module at a dotted path, so that its keys are the checkpoint's."""
+    first, _, rest = path.partition(".")
+    if not rest:
+        parent.add_module(first, child)
+        return
+    if first not in dict(parent.named_children()):
+        parent.add_module(first, nn.Module())
+    _add(parent.get_submodule(first), rest, child)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """
+    One linear layer.
+
+    Args:
+        name (`str`):
+            Its path in the checkpoint, such as `"score"` or `"v_head.summary"`.
+        outputs (`int`):
+            Number of outputs.
+        bias (`bool` or `str`, *optional*, defaults to `True`):
+            Whether it has a bias, or the field of the model's config that says so.
+    """
+
+    name: str
+    outputs: int
+    bias: bool | str = True
+
+    def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
+        """Add the layer to a model, uninitialised."""
+        bias = self.bias if isinstance(self.bias, bool) else config.to_dict()[self.bias]
+        _add(model, self.name, nn.Linear(config.get_text_config().hidden_size, self.outputs, bias=bias))
+
+    def logits(self, model: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
+        """Outputs at the read positions, of shape `(R, O)`."""
+        return model.get_submodule(self.name)(batch.at_reads(hidden_BLH))
+
+
+@dataclass(frozen=True)
+class MLPHead(LinearHead):
+    """Two linear layers with a ReLU in between, the first as wide as the backbone: keys `NAME.0.*` and `NAME.2.*`."""
+
+    def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
+        """Add the layers to a model, uninitialised."""
+        width = config.get_text_config().hidden_size
+        _add(model, self.name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.outputs)))
+
+
+@dataclass(frozen=True)
+class GatedObjectivesHead:
+    """
+    ArmoRM: several objectives at the last token, weighted by a gate that looks at the prompt (arXiv 2406.12845).
+
+    `score = sum_o g_o (A^T r)_o`, with `r` the objectives' regression at the read position, `A` the matrix
+    `reward_transform_matrix`, and `g = logit_scale * softmax(MLP(h_gate) / temperature)`.
+
+    Args:
+        gate_offset (`int`):
+            Tokens from the start of the answer back to the one that the gate looks at: the token that ends the user's
+            message.
+    """
+
+    gate_offset: int
+
+    def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
+        """Add regression, matrix and gate to a model, uninitialised."""
+        sizes = {"num_objectives": 19, "gating_hidden_dim": 1024, "gating_n_hidden": 3, **_fields(config)}
+        objectives, width = sizes["num_objectives"], config.get_text_config().hidden_size
+        model.add_module("regression_layer", nn.Linear(width, objectives, bias=False))
+        model.register_parameter("reward_transform_matrix", nn.Parameter(torch.eye(objectives)))
+        widths = [width, *[sizes["gating_hidden_dim"]] * sizes["gating_n_hidden"], objectives]
+        layers = [nn.Linear(inner, outer) for inner, outer in zip(widths, widths[1:], strict=False)]
+        _add(model, "gating.layers", nn.ModuleList(layers))
+        model.get_submodule("gating").register_parameter("logit_scale", nn.Parameter(torch.ones(1)))
+
+    def logits(self, model: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
+        """The gated score at the read positions, of shape `(R, 1)`."""
+        temperature = {"gating_temperature": 10.0, **_fields(model.config)}["gating_temperature"]
+        gates_R = batch.prompt_lengths_B[batch.rows_R] - self.gate_offset
+        gate = hidden_BLH[batch.rows_R, gates_R].float()
+        *inner, last = model.get_submodule("gating.layers").children()
+        for layer in inner:
+            gate = F.relu(layer(gate))
+        weights_RO = F.softmax(last(gate) / temperature, dim=-1) * model.get_parameter("gating.logit_scale")
+        objectives_RO = model.get_submodule("regression_layer")(batch.at_reads(hidden_BLH))
+        return (weights_RO * (objectives_RO @ model.get_parameter("reward_transform_matrix"))).sum(-1, keepdim=True)
+
+
+Head = LinearHead | MLPHead | GatedObjectivesHead
+
+
+class BackboneWithHead(PreTrainedModel):
+    """
+    A plain backbone of transformers (`AutoModel`) with a head described by data, loaded by one `from_pretrained`.
+
+    Head keys are checked like the backbone's, and the head stays in float32, unquantised, whatever the backbone is.
+    """
+
+    base_model_prefix = "model"
+    config_class = PreTrainedConfig
+    # The backbone inside checks these for itself
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, head: Head):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        head.attach(self, config)
+        self._keep_in_fp32_modules_strict = {name for name, _ in self.named_children() if name != "model"}
+        self._keep_in_fp32_modules_strict |= {name for name, _ in self.named_parameters(recurse=False)}
+        self.post_init()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readings: from a head's outputs, or from the vocabulary, to one score per read position
+
+
+@dataclass(frozen=True)
+class LabelSoftmax:
+    """`sum_{o in indices} softmax(logits)_o`: the probability of the good labels, in [0, 1]."""
+
+    indices: Sequence[int] = (1,)
+
+    def scores(self, logits_RO: torch.Tensor) -> torch.Tensor:
+        """One score per row."""
+        return logits_RO.softmax(-1)[:, list(self.indices)].sum(-1)
+
+
+@dataclass(frozen=True)
+class ValueHead:
+    """`sigmoid(logit)` of a head with one output, in [0, 1]."""
+
+    def scores(self, logits_RO: torch.Tensor) -> torch.Tensor:
+        """One score per row."""
+        return logits_RO[:, 0].sigmoid()
+
+
+@dataclass(frozen=True)
+class SequenceScalar:
+    """The single output itself, unbounded."""
+
+    def scores(self, logits_RO: torch.Tensor) -> torch.Tensor:
+        """One score per row."""
+        return logits_RO[:, 0]
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """
+    `p(good) / (p(good) + p(bad)) = sigmoid(h . (W_good - W_bad))`: two rows of the head, no logits of the vocabulary.
+
+    Args:
+        good, bad (`str`):
+            The two answers, each exactly one id where it follows other text.
+    """
+
+    good: str = "+"
+    bad: str = "-"
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """
+    Implicit rewards: `beta * sum_{t <= k} (log p(y_t) - log p_ref(y_t))` over the answer up to the read position k.
+
+    Unbounded; from arXiv 2412.01981.
+    """
+
+    beta: float = 0.001
+
+
+HeadReading = LabelSoftmax | ValueHead | SequenceScalar
+Reading = HeadReading | TokenPair | LogRatio
+
+
+def _hidden_states(backbone: nn.Module, batch: ReadBatch) -> torch.Tensor:
+    return backbone(
+        input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
+    ).last_hidden_state
+
+
+class HeadScorer(nn.Module):
+    """Scores of a [`BackboneWithHead`]."""
+
+    def __init__(self, model: BackboneWithHead, head: Head, reading: HeadReading):
+        super().__init__()
+        self.model, self.head, self.reading = model, head, reading
+
+    def forward(self, batch: ReadBatch) -> torch.Tensor:
+        hidden_BLH = _hidden_states(self.model.model, batch)
+        return self.reading.scores(self.head.logits(self.model, hidden_BLH, batch))
+
+
+def _vocabulary_head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear head over the vocabulary but {head}.")
+    config = _fields(model.config)
+    scaled = {"final_logit_softcapping", "logit_scale", "logits_scaling"} & config.keys()
+    found = {name: config[name] for name in scaled if config[name] not in (None, 1)}
+    if found:
+        raise ValueError(f"{type(model).__name__} changes its logits ({found}); this reading takes them as they are.")
+    return head
+
+
+class TokenPairScorer(nn.Module):
+    """Scores of a causal language model whose answer is one of two tokens."""
+
+    direction_H: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel, good: int, bad: int):
+        super().__init__()
+        output = _vocabulary_head(model)
+        # Kept apart, so that a sharded head never has to be gathered for it
+        weight_VH = output.weight.detach()
+        self.register_buffer("direction_H", weight_VH[good].float() - weight_VH[bad].float(), persistent=False)
+        self.offset = 0.0 if output.bias is None else float(output.bias[good] - output.bias[bad])
+        self.model = model
+
+    def forward(self, batch: ReadBatch) -> torch.Tensor:
+        hidden_RH = batch.at_reads(_hidden_states(self.model.base_model, batch))
+        return (hidden_RH @ self.direction_H + self.offset).sigmoid()
+
+
+def token_log_probs(model: PreTrainedModel, batch: ReadBatch) -> torch.Tensor:
+    """Log-probability of every id after the first, `(B, L - 1)` in float32, over a chunk of positions at a time."""
+    hidden_BLH = _hidden_states(model.base_model, batch)[:, :-1]
+    head = _vocabulary_head(model)
+    log_probs = []
+    for hidden, ids in zip(
+        hidden_BLH.flatten(0, 1).split(_CHUNK), batch.input_ids_BL[:, 1:].flatten().split(_CHUNK), strict=True
+    ):
+        logits = head(hidden).float()
+        log_probs.append(logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(log_probs).view(hidden_BLH.shape[:2])
+
+
+class LogRatioScorer(nn.Module):
+    """Scores of a causal language model against a reference model with the same tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel, beta: float):
+        super().__init__()
+        self.model, self.reference, self.beta = model, reference, beta
+
+    def forward(self, batch: ReadBatch) -> torch.Tensor:
+        ratios = token_log_probs(self.model, batch) - token_log_probs(self.reference, batch)
+        columns = torch.arange(1, batch.input_ids_BL.shape[1], device=ratios.device)
+        answer = columns >= batch.prompt_lengths_B[:, None]
+        sums = F.pad((ratios * answer).cumsum(-1), (1, 0))
+        return self.beta * batch.at_reads(sums)

@@ -1,0 +1,231 @@
+"""Text to steps, and steps to the policy tokens that end them."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from .alignment import AlignedText, end_token
+
+
+# A step ends where a match ends
+_SEPARATORS = {
+    "blank_line": re.compile(r"\n(?:[^\S\n]*\n)+"),
+    "newline": re.compile(r"\n+"),
+    "step_number": re.compile(r"^(?=[#>*_ \t-]*step[ \t]*\d+[*_ \t]*:)", re.IGNORECASE | re.MULTILINE),
+}
+_REGEX = "regex:"
+_TOKENS = "tokens"
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
+# An escaped backslash or dollar opens nothing: `\\[2pt]` is a line break
+_DELIMITER = re.compile(r"\\[\\$]|\$\$|\\[\[\]]|\\(begin|end)\{(\w+\*?)\}")
+
+
+class Span(NamedTuple):
+    """Characters `start` to `end` of a text."""
+
+    start: int
+    end: int
+
+
+class Step(NamedTuple):
+    """
+    A step of a completion.
+
+    Args:
+        text (`str`):
+            The step without surrounding white space.
+        end (`int`):
+            Index into `completion_ids` of the token with the step's last character.
+    """
+
+    text: str
+    end: int
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    r"""
+    How a completion is cut into steps. Separators belong to the step before them.
+
+    Args:
+        by (`str` or `Callable[[str], Sequence[int]]`, *optional*, defaults to `"blank_line"`):
+            - `"blank_line"`: at lines of nothing but white space.
+            - `"newline"`: at the end of each line.
+            - `"step_number"`: before each line that begins with `Step k:`, also as a Markdown heading or in bold.
+            - `"tokens"`: every `window` tokens.
+            - `"regex:PATTERN"`: where a match of `PATTERN` ends; `regex:(?=PATTERN)` cuts before it.
+            - a callable from the text to the character indices where steps end, increasing; what follows the last
+              one is a step too.
+
+            The first three leave display maths (`$$..$$`, `\[..\]`, `\begin{..}..\end{..}`) and fenced code whole.
+            What is opened and never closed protects nothing, so that a stray delimiter does not swallow the rest.
+        window (`int`, *optional*, defaults to `64`):
+            Tokens per step for `"tokens"`.
+        min_step_tokens (`int`, *optional*, defaults to `1`):
+            Shorter steps join the next one, and a short last step the one before.
+        max_steps (`int`, *optional*):
+            The rest of the text joins the last step.
+
+    Raises:
+        ValueError: an unknown `by`, a pattern that is not a regular expression, or a number below 1.
+    """
+
+    by: str | Callable[[str], Sequence[int]] = "blank_line"
+    window: int = 64
+    min_step_tokens: int = 1
+    max_steps: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.by, str) and self.by != _TOKENS:
+            _separator(self.by)
+        for field in ("window", "min_step_tokens", "max_steps"):
+            value = vars(self)[field]
+            if not (field == "max_steps" and value is None) and value < 1:
+                raise ValueError(f"Segmentation: {field} is {value}; it must be at least 1.")
+
+
+def _separator(by: str) -> re.Pattern[str]:
+    if by in _SEPARATORS:
+        return _SEPARATORS[by]
+    if not by.startswith(_REGEX):
+        known = ", ".join([*_SEPARATORS, _TOKENS, f"{_REGEX}PATTERN"])
+        raise ValueError(f"Segmentation: unknown by={by!r}; known: {known}, or a callable.")
+    try:
+        return re.compile(by.removeprefix(_REGEX))
+    except re.error as error:
+        raise ValueError(f"Segmentation: by={by!r} is not a regular expression: {error}.") from error
+
+
+def _fenced_code(text: str) -> list[Span]:
+    spans, opening = [], None
+    for line in _FENCE.finditer(text):
+        fence, rest = line.groups()
+        if opening is None:
+            # Backticks after the fence make it code within a line
+            if "`" not in rest:
+                opening = line
+        elif fence.startswith(opening[1]) and not rest.strip():
+            spans.append(Span(opening.start(), line.end()))
+            opening = None
+    return spans
+
+
+def _display_maths(text: str) -> list[Span]:
+    """Pairs of delimiters; a closing one takes the last that was opened and is still open."""
+    spans = []
+    opened: dict[str, list[int]] = {}
+    for match in _DELIMITER.finditer(text):
+        delimiter, command, environment = match.group(0, 1, 2)
+        if delimiter in ("\\\\", r"\$"):
+            continue
+        waiting = opened.setdefault(environment or delimiter.replace("]", "["), [])
+        closes = command == "end" or delimiter == r"\]" or (delimiter == "$$" and bool(waiting))
+        if not closes:
+            waiting.append(match.start())
+        elif waiting:
+            spans.append(Span(waiting.pop(), match.end()))
+    return spans
+
+
+def _protected(text: str) -> list[Span]:
+    fences = _fenced_code(text)
+    for fence in fences:
+        # What looks like maths in code is code
+        text = text[: fence.start] + " " * (fence.end - fence.start) + text[fence.end :]
+    return sorted(fences + _display_maths(text))
+
+
+def _outside(cuts: Iterable[int], protected: Sequence[Span]) -> list[int]:
+    """The cuts, in increasing order, that are not within a span."""
+    outside, position, covered = [], 0, 0
+    for cut in cuts:
+        while position < len(protected) and protected[position].start < cut:
+            covered = max(covered, protected[position].end)
+            position += 1
+        if cut >= covered:
+            outside.append(cut)
+    return outside
+
+
+def _called(by: Callable[[str], Sequence[int]], text: str) -> list[int]:
+    ends = list(by(text))
+    for position, end in enumerate(ends):
+        before = ends[position - 1] if position else 0
+        if not before <= end <= len(text):
+            raise ValueError(
+                f"Segmentation: the callable returned ends[{position}] = {end} after {before} for a text of "
+                f"{len(text)} characters; ends must increase and stay within the text."
+            )
+    return ends
+
+
+def _spans(text: str, cuts: Iterable[int]) -> list[Span]:
+    """Cut a text; pieces of white space join the piece before, or the first one."""
+    kept: list[int] = []
+    for start, end in pairwise([0, *cuts, len(text)]):
+        if text[start:end].strip():
+            kept.append(end)
+        elif kept:
+            kept[-1] = end
+    return [Span(start, end) for start, end in pairwise([0, *kept])]
+
+
+def split_text(text: str, by: str | Callable[[str], Sequence[int]]) -> list[Span]:
+    """
+    Cut a text into steps.
+
+    Args:
+        text (`str`):
+            Text of a completion.
+        by (`str` or `Callable[[str], Sequence[int]]`):
+            As in [`Segmentation`], but for `"tokens"`, which has no meaning for a text alone.
+
+    Returns:
+        `list[Span]`: contiguous, from 0 to `len(text)`, each with more than white space in it; empty for a text
+        without.
+
+    Raises:
+        ValueError: an unknown `by`, or a callable's ends that do not increase or leave the text.
+    """
+    if not isinstance(by, str):
+        return _spans(text, _called(by, text))
+    cuts = [match.end() for match in _separator(by).finditer(text)]
+    return _spans(text, _outside(cuts, _protected(text)) if by in _SEPARATORS else cuts)
+
+
+def segment(aligned: AlignedText, segmentation: Segmentation) -> list[Step]:
+    """
+    Cut a completion into steps, each with the token that ends it.
+
+    The steps' texts cover all of the text but white space between them. Steps that end in the same token are one step,
+    so that `end` increases strictly, as [`StepRewards`] asks for.
+
+    Args:
+        aligned ([`AlignedText`]):
+            The completion from [`align_tokens`], without the special tokens that end it: see [`strip_special`].
+        segmentation ([`Segmentation`]):
+            Where to cut, and which steps are joined.
+
+    Returns:
+        `list[Step]`: empty if the text is empty or white space.
+    """
+    text, token_ends = aligned
+    if segmentation.by == _TOKENS:
+        spans = _spans(text, token_ends[segmentation.window - 1 :: segmentation.window])
+    else:
+        spans = split_text(text, segmentation.by)
+    char_ends = {end_token(token_ends, span.end): span.end for span in spans}
+    kept, previous = [], -1
+    for end in char_ends:
+        if end - previous >= segmentation.min_step_tokens:
+            kept.append(end)
+            previous = end
+    # Too short to stand alone, too late to join another, or beyond the largest number of steps
+    keep = len(kept) - 1 if segmentation.max_steps is None else min(len(kept), segmentation.max_steps) - 1
+    if char_ends:
+        kept[max(keep, 0) :] = [max(char_ends)]
+    bounds = pairwise([0, *(char_ends[end] for end in kept)])
+    return [Step(text[start:stop].strip(), end) for end, (start, stop) in zip(kept, bounds, strict=True)]
