@@ -55,7 +55,6 @@ def load_causal(model: str, preset: Preset, loading: dict[str, Any]) -> PreTrain
 
 
 def load_with_head(model: str, preset: Preset, config: PreTrainedConfig, loading: dict[str, Any]) -> BackboneWithHead:
-    """A backbone under the preset's head, every key of the checkpoint accounted for."""
     """A backbone with the preset's head, every key of both accounted for."""
     loading = {"config": config, "head": preset.head, "output_loading_info": True, **loading}
     loaded, info = cast(Any, BackboneWithHead.from_pretrained(model, **loading))

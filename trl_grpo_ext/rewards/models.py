@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from typing_extensions import Self
 
 from ..collectives import gather
-from .alignment import align_tokens, strip_special
+from .alignment import align_tokens
 from .batching import token_batches
 from .heads import LogRatio, LogRatioScorer, ReadBatch
 from .loading import (
@@ -25,10 +25,10 @@ from .loading import (
     resolve_preset,
     whole_config,
 )
+from .policy_text import assistant_text, last_user_text, policy_steps, step_rewards
 from .presets import Preset, find_preset
-from .protocols import assistant_text, last_user_text
 from .rendering import Rendered, encode_text
-from .segmentation import Segmentation, Step, segment, split_text
+from .segmentation import Segmentation, segment, split_text
 from .types import StepRewards
 
 
@@ -218,8 +218,8 @@ class ProcessRewardModel(RewardModel):
 
     ```python
     >>> prm = ProcessRewardModel.from_pretrained("Qwen/Qwen2.5-Math-PRM-7B", dtype="bfloat16")
+    >>> # One list for each solution, one score in [0, 1] for each of its steps
     >>> prm.score("What is 2 + 3 * 4?", ["3 * 4 = 12\n\n2 + 12 = 14", "2 + 3 = 5\n\n5 * 4 = 20"])
-    [[0.99, 0.99], [0.04, 0.02]]
     ```
     """
 
@@ -295,15 +295,6 @@ class ProcessRewardModel(RewardModel):
         """Scores of the steps of solutions to one problem, `None` where unscored."""
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
-    def _policy_steps(self, completion_ids: Sequence[int]) -> list[Step]:
-        if self.policy_tokenizer is None:
-            raise ValueError(
-                f"process reward model '{self.name}' has no `policy_tokenizer` to read completion_ids with; set it to "
-                "the policy's tokenizer."
-            )
-        written = strip_special(self.policy_tokenizer, completion_ids)
-        return segment(align_tokens(self.policy_tokenizer, written), self.segmentation)
-
     def __call__(
         self,
         prompts: Sequence[Any],
@@ -313,14 +304,11 @@ class ProcessRewardModel(RewardModel):
         **columns: Any,
     ) -> list[StepRewards | None]:
         """TRL's call of a reward function: scores on the policy's tokens, `None` for a completion without any."""
-        steps = [self._policy_steps(ids) for ids in completion_ids]
+        source = f"process reward model '{self.name}'"
+        steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
         problems = [last_user_text(prompt) for prompt in prompts]
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
-        rewards: list[StepRewards | None] = []
-        for own, values in zip(steps, scores, strict=True):
-            scored = [(step.end, value) for step, value in zip(own, values, strict=True) if value is not None]
-            rewards.append(StepRewards([end for end, _ in scored], [value for _, value in scored]) if scored else None)
-        return rewards
+        return [step_rewards(own, values) for own, values in zip(steps, scores, strict=True)]
 
     def self_check(self) -> None:
         """
@@ -344,8 +332,8 @@ class OutcomeRewardModel(RewardModel):
 
     ```python
     >>> orm = OutcomeRewardModel.from_pretrained("nvidia/AceMath-7B-RM", dtype="bfloat16")
+    >>> # One number for each solution
     >>> orm.score("What is 2 + 3 * 4?", ["2 + 12 = 14", "5 * 4 = 20"])
-    [5.2, -8.1]
     ```
     """
 
@@ -377,6 +365,12 @@ class OutcomeRewardModel(RewardModel):
         _check_order(self, math.nan if good is None else good, math.nan if bad is None else bad, f"{good} and {bad}")
 
 
+def load_reward_model(model: str, preset: Preset, **options: Any) -> ProcessRewardModel | OutcomeRewardModel:
+    """[`RewardModel.from_pretrained`] of the class that is of the preset's kind."""
+    kind = ProcessRewardModel if preset.kind == "process" else OutcomeRewardModel
+    return kind.from_pretrained(model, preset=preset, **options)
+
+
 def open_reward_model(model: str, loading: dict[str, Any]) -> RewardModel | PreTrainedModel:
     """
     What a bare id or folder in `reward_funcs` stands for.
@@ -396,10 +390,9 @@ def open_reward_model(model: str, loading: dict[str, Any]) -> RewardModel | PreT
     """
     preset = find_preset(model, whole_config(model, loading)[1])
     if preset is not None and preset.name != "sequence-classification":
-        kind = ProcessRewardModel if preset.kind == "process" else OutcomeRewardModel
         # Presets never need remote code
         known = {name: value for name, value in loading.items() if name != "trust_remote_code"}
-        return kind.from_pretrained(model, preset=preset, **known)
+        return load_reward_model(model, preset, **known)
     loading = {"num_labels": 1, "output_loading_info": True, **loading}
     classifier, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(model, **loading))
     if info["missing_keys"]:

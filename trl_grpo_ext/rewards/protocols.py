@@ -59,25 +59,6 @@ def _number_or_none(value: Any, what: str) -> float | None:
     return None if value is None else _number(value, what)
 
 
-def last_user_text(prompt: Any) -> str:
-    """The problem that a prompt poses: a plain prompt as it is, or what the user said last in a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    said = [message["content"] for message in prompt if message["role"] == "user"]
-    if not said or not isinstance(said[-1], str):
-        raise ValueError(f"a reward model needs a prompt whose last user message is text, got {prompt!r}.")
-    return said[-1]
-
-
-def assistant_text(completion: Any) -> str:
-    """What the policy wrote: a plain completion as it is, or its messages joined by blank lines."""
-    if isinstance(completion, str):
-        return completion
-    return "\n\n".join(
-        message["content"] for message in completion if message["role"] == "assistant" and message["content"]
-    )
-
-
 def openrlhf_steps(problems: Sequence[str], steps: Sequence[Sequence[str]]) -> Request:
     """OpenRLHF's protocol with `steps`; the answer's `step_scores` has one number or null for each."""
     payload = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from .alignment import align_tokens, strip_special
+from .policy_text import assistant_text, last_user_text, policy_steps, step_rewards
 from .protocols import (
     OPENRLHF_PATH,
     VLLM_OUTCOMES_PATH,
@@ -18,16 +18,14 @@ from .protocols import (
     RewardServerError,
     Score,
     StepScores,
-    assistant_text,
     counted,
-    last_user_text,
     openrlhf_outcomes,
     openrlhf_steps,
     shown,
     vllm_outcome,
     vllm_steps,
 )
-from .segmentation import Segmentation, Step, segment
+from .segmentation import Segmentation
 from .types import StepRewards
 
 
@@ -223,19 +221,11 @@ class RemoteProcessRewardModel(RemoteRewardModel):
     async def __call__(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[StepRewards | None]:
-        steps = [self._split(ids) for ids in completion_ids]
+        source = f"RemoteProcessRewardModel({self.url!r})"
+        steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
-        return [_step_rewards(own, values) for own, values in zip(steps, scores, strict=True)]
-
-    def _split(self, ids: Sequence[int]) -> list[Step]:
-        if self.policy_tokenizer is None:
-            raise ValueError(
-                f"RemoteProcessRewardModel({self.url!r}) has no `policy_tokenizer` to read completions with: "
-                "GRPOExtTrainer sets it; elsewhere pass the policy's own."
-            )
-        written = strip_special(self.policy_tokenizer, ids)
-        return segment(align_tokens(self.policy_tokenizer, written), self.segmentation)
+        return [step_rewards(own, values) for own, values in zip(steps, scores, strict=True)]
 
     async def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
         """
@@ -259,12 +249,6 @@ class RemoteProcessRewardModel(RemoteRewardModel):
             for (ids, _, read_positions), own in zip(rendered, steps, strict=True)
         ]
         return await self._ask_some(VLLM_STEPS_PATH, requests, [[None] * len(own) for own in steps])
-
-
-def _step_rewards(steps: Sequence[Step], scores: StepScores) -> StepRewards | None:
-    """Rewards on the last tokens of the steps that have a score; `None` if none has."""
-    scored = [] if scores is None else [(s.end, v) for s, v in zip(steps, scores, strict=True) if v is not None]
-    return StepRewards([end for end, _ in scored], [value for _, value in scored]) if scored else None
 
 
 @dataclass(kw_only=True, eq=False)

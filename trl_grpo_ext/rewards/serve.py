@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from .loading import resolve_preset, whole_config
-from .models import OutcomeRewardModel, ProcessRewardModel
+from .models import load_reward_model
 from .presets import Preset
 from .protocols import OPENRLHF_PATH
 from .sources import REDUCTIONS
@@ -159,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset = Preset.from_yaml(preset)
     _, config = whole_config(options.model, {})
     preset = resolve_preset(options.model, preset, config)
-    kind = ProcessRewardModel if preset.kind == "process" else OutcomeRewardModel
-    model = kind.from_pretrained(options.model, preset=preset, dtype=options.dtype)
+    model = load_reward_model(options.model, preset, dtype=options.dtype)
     model.scorer.to(options.device)
     app = create_app(model, preset.kind, reduce=preset.reduce, max_bytes=options.max_bytes)
     uvicorn.run(app, host=options.host, port=options.port)

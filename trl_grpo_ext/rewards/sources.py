@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from .._upstream import is_async_callable
 from .batching import TokenBatchedModel
 from .transforms import transform_reward
-from .types import PreparedSource, Reward, StepRewards, check_finite, plain, read_reward
+from .types import PreparedSource, Reward, StepRewards, check_finite, is_list_like, plain, read_reward
 
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -58,8 +58,7 @@ class RewardSource:
     def read(self, returned: Any, lengths: Sequence[int]) -> list[float | None]:
         """Keep what the function returned for this batch and give TRL one number, or None, per completion."""
         returned = plain(returned)
-        # An iteration over these would give keys, or no order
-        if not isinstance(returned, Iterable) or isinstance(returned, (str, Mapping, Set)):
+        if not is_list_like(returned):
             raise TypeError(
                 f"reward source '{self.name}' returned {type(returned).__name__}; expected a list with one reward per "
                 "completion."

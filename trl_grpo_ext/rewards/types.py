@@ -57,6 +57,11 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def is_list_like(value: Any) -> bool:
+    """Whether iterating over `value` gives its entries in order: not text, keys of a mapping or a set."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, Mapping, Set))
+
+
 def check_finite(value: float, what: str) -> float:
     """`value` as a float, or `ValueError` if float32 cannot hold it as a finite number."""
     # Also false for NaN
@@ -76,7 +81,7 @@ def _numbers(values: Sequence[Any], where: str, field: str) -> list[float]:
 
 def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
     for field, given in {"ends": reward.ends, "values": reward.values}.items():
-        if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, Set)):
+        if not is_list_like(given):
             raise TypeError(f"{where}: StepRewards has {field}={given!r}; expected a list.")
     ends, values = plain(list(reward.ends)), plain(list(reward.values))
     if len(ends) != len(values):
