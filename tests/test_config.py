@@ -22,6 +22,7 @@ DEFAULTS = {
     "gamma_unit": "token",
     "advantage_eps": 1e-4,
     "reward_transforms": None,
+    "outcome_gate": None,
     "kl_estimator": "k3",
     "kl_reduction": "loss_type",
     "prompt_separator": None,

@@ -159,10 +159,10 @@ def test_a_completion_is_rewarded_at_the_last_tokens_of_its_scored_steps(real):
     end_of_second = len(texts[1]) - 1
     assert wrapped.rewards == [
         StepRewards([len("да.\n\n".encode()) - 1, len("да.\n\nso 2".encode()) - 1], first),
-        StepRewards([2, end_of_second], [second[0], second[2]]),
+        StepRewards([2, len(f"a\n\n{UNSCORED}\n\n") - 1, end_of_second], second),
         None,
         None,
-        None,
+        StepRewards([len(UNSCORED) - 1], [None]),
         StepRewards([len(texts[5]) - 1], last),
     ]
     assert sums == [first[0] + first[1], second[0] + second[2], None, None, None, last[0]]

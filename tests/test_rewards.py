@@ -93,6 +93,17 @@ def test_step_rewards_without_steps_judge_nothing():
     assert read_reward(StepRewards([], []), 5, WHERE) is None
 
 
+def test_steps_without_a_score_stay_and_are_passed_over():
+    reward = read_reward(StepRewards([0, 2, 4], np.array([1.0, None, 0.5], dtype=object)), 5, WHERE)
+    assert reward == StepRewards([0, 2, 4], [1.0, None, 0.5]) and reward.scored == [1.0, 0.5]
+    assert transform_reward(reward, "progress", WHERE) == StepRewards([0, 2, 4], [1.0, None, -0.5])
+    mask_BT = torch.ones(1, 5)
+    assert place_rewards([reward], mask_BT).nan_to_num(-1).tolist() == [[1.0, -1.0, -1.0, -1.0, 0.5]]
+    source = RewardSource(lambda **columns: [reward, StepRewards([1], [None]), 0.5], "judge")
+    assert source(completion_ids=[[7] * 5] * 3) == [1.5, None, 0.5]
+    assert source.count_steps() == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
@@ -125,7 +136,6 @@ def test_step_rewards_without_steps_judge_nothing():
         (StepRewards([True], [1.0]), TypeError, r"ends\[0\] is True"),
         (StepRewards([0, 2], [1.0, math.nan]), ValueError, r"values\[1\] is nan"),
         (StepRewards([0, 2], [-math.inf, 1.0]), ValueError, r"values\[0\] is -inf"),
-        (StepRewards([0, 2], [1.0, None]), TypeError, r"values\[1\] is None"),
     ],
 )
 def test_a_bad_reward_is_refused_with_source_completion_and_field(value, error, message):

@@ -1,6 +1,6 @@
 """Tensors of all processes: what accelerate gathers and sums, with the shapes that this package needs."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,6 @@ def local_rows(accelerator: Accelerator, values_N: torch.Tensor) -> torch.Tensor
     return values_N.view(accelerator.num_processes, -1, *values_N.shape[1:])[accelerator.process_index]
 
 
-def total(accelerator: Accelerator, values: torch.Tensor) -> list[float]:
+def total(accelerator: Accelerator, values: torch.Tensor) -> list[Any]:
     """Sum of each value over all processes."""
     return cast(torch.Tensor, accelerator.reduce(values, reduction="sum")).tolist()

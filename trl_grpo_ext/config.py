@@ -50,6 +50,9 @@ class GRPOExtConfig(GRPOConfig):
         reward_transforms (`list[str]`, *optional*):
             One per reward source, applied to its rewards before anything else: `"none"`, `"center"` (2p - 1), `"clip"`
             (min(r - 0.5, 0)) or `"clip:ETA"`, `"delta"` (r_k - r_{k+1}, last step 0), `"progress"` (r_k - r_{k-1}).
+        outcome_gate (`list[str]`, *optional*):
+            One per reward source: the name of the source that must be positive for this one's rewards to count, or
+            `"none"`. Where it is 0, negative or `None`, this source counts as not judging.
         kl_estimator (`str`, *optional*, defaults to `"k3"`):
             KL of the policy to the reference in the loss, in nats: `"k3"` (TRL's), `"k1"`, `"k2"`, each from the one
             sampled token, or `"exact"`, the sum over the whole vocabulary. Anything but `"k3"` needs `beta` > 0.
@@ -97,6 +100,12 @@ class GRPOExtConfig(GRPOConfig):
         default=None,
         metadata={"help": "One per reward source: `none`, `center`, `clip`, `clip:ETA`, `delta` or `progress`."},
     )
+    outcome_gate: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One per reward source: name of the source that must be positive for it to count, or `none`."
+        },
+    )
     kl_estimator: Literal["k3", "k1", "k2", "exact"] = field(
         default="k3",
         metadata={
@@ -127,12 +136,10 @@ class GRPOExtConfig(GRPOConfig):
             raise ValueError(f"reward_batch_tokens must be an integer, 1 or larger; got {budget!r}.")
         if separator is not None and not (isinstance(separator, str) and separator):
             raise ValueError(f"prompt_separator must be a text that is not empty, or None; got {separator!r}.")
-        if self.reward_transforms is not None:
-            names = self.reward_transforms
-            # A YAML string where a list belongs reaches the config as it is
-            self.reward_transforms = [names] if isinstance(names, str) else list(names)
-            for name in self.reward_transforms:
-                parse_transform(name)
+        self.reward_transforms = _as_list(self.reward_transforms)
+        for name in self.reward_transforms or []:
+            parse_transform(name)
+        self.outcome_gate = _as_list(self.outcome_gate)
         _check_process(self)
         _check_kl(self)
 
@@ -142,12 +149,18 @@ class GRPOExtConfig(GRPOConfig):
         return self.kl_estimator == "k3" and self.kl_reduction == "loss_type"
 
     def check_sources(self, names: Sequence[str]) -> None:
-        """Raise `ValueError` if `gamma` or `reward_transforms` has another length than there are reward sources."""
-        for field_name, values in {"gamma": self.gamma, "reward_transforms": self.reward_transforms}.items():
+        """Raise `ValueError` if a field with an entry per reward source does not fit the sources."""
+        for field_name in ("gamma", "reward_transforms", "outcome_gate"):
+            values = vars(self)[field_name]
             if isinstance(values, list) and len(values) != len(names):
                 raise ValueError(
                     f"{field_name} has {len(values)} entries for {len(names)} reward sources ({', '.join(names)})."
                 )
+
+
+def _as_list(names: list[str] | None) -> list[str] | None:
+    # A YAML string where a list belongs reaches the config as it is
+    return names if names is None else [names] if isinstance(names, str) else list(names)
 
 
 def _is_number(value: Any) -> bool:

@@ -14,10 +14,19 @@ from .collectives import gather, gather_tokens, local_rows, total
 from .config import GRPOExtConfig
 from .importance import importance_ratio, sequence_token_old_logps
 from .kl import kl_estimate, weight_by_ratio
-from .metrics import completion_means, positive_counts, step_metrics, unjudged_shares
+from .metrics import (
+    completion_means,
+    outcome_correlations,
+    positive_counts,
+    step_metrics,
+    unjudged_shares,
+    unscored_shares,
+    withheld_shares,
+)
 from .policy_forward import ModelCall
 from .reduction import reduce_tokens
 from .reference import CachedReference, prepare_adapter_reference
+from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.models import open_reward_model
 from .rewards.sources import RewardSource, read_model_rewards, wrap_source
 from .rewards.types import place_rewards
@@ -83,6 +92,7 @@ class GRPOExtTrainer(GRPOTrainer):
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
+        self._gates = gate_indices(args.outcome_gate or [NO_GATE] * len(self.reward_funcs), self.reward_func_names)
         # A list of our own: the user's keeps the user's functions
         self.reward_funcs = [
             wrap_source(*source, args.reward_batch_tokens, self.accelerator, self._tokenizer)
@@ -99,7 +109,7 @@ class GRPOExtTrainer(GRPOTrainer):
             self._reference = CachedReference(
                 cast(nn.Module, self.model), self.ref_model, self.accelerator, moves=args.sync_ref_model
             )
-        self._rewards_per_func = torch.empty(0)
+        self._rewards_per_func = self._withheld = torch.empty(0)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint and self.args.sync_ref_model:
@@ -134,7 +144,16 @@ class GRPOExtTrainer(GRPOTrainer):
             if isinstance(source, nn.Module):
                 rewards_per_func[:, k] = read_model_rewards(rewards_per_func[:, k], name, self._transforms[k])
         self._rewards_per_func = rewards_per_func
-        return rewards_per_func
+        self._withheld = withheld_rewards(rewards_per_func, self._gates)
+        self._log_withheld_and_unscored()
+        return rewards_per_func.masked_fill(self._withheld, torch.nan)
+
+    def _log_withheld_and_unscored(self) -> None:
+        if self.args.outcome_gate:
+            self._record(withheld_shares(self.reward_func_names, self._rewards_per_func, self._withheld))
+        counts = [s.count_steps() if isinstance(s, RewardSource) else (0, 0) for s in self.reward_funcs]
+        summed = total(self.accelerator, torch.tensor(counts, dtype=torch.float, device=self.accelerator.device))
+        self._record(unscored_shares(self.reward_func_names, summed))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
@@ -165,6 +184,10 @@ class GRPOExtTrainer(GRPOTrainer):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
+    @property
+    def _group_size(self) -> int:
+        return cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval)
+
     def _group_advantages(self, rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, **options: Any) -> torch.Tensor:
         """This process's rows of the advantages of all processes' completions."""
         advantages_NT = process_advantages(
@@ -172,7 +195,7 @@ class GRPOExtTrainer(GRPOTrainer):
             rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
             mask_NT,
             self.reward_weights.to(rewards_KNT.device),
-            cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval),
+            self._group_size,
             aggregation=self.multi_objective_aggregation,
             scale=self.scale_rewards,
             eps=self.args.advantage_eps,
@@ -182,7 +205,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _outcome_advantages(self) -> torch.Tensor:
         """TRL's scalar advantages with another epsilon: completions of one token."""
-        rewards_KN1 = self._rewards_per_func.T.unsqueeze(-1)
+        rewards_KN1 = self._rewards_per_func.masked_fill(self._withheld, torch.nan).T.unsqueeze(-1)
         mask_N1 = torch.ones_like(rewards_KN1[0], dtype=torch.bool)
         return self._group_advantages(rewards_KN1, mask_N1, estimator="position", gamma=1.0).squeeze(-1)
 
@@ -198,10 +221,11 @@ class GRPOExtTrainer(GRPOTrainer):
         )
         mask_NT = gather_tokens(self.accelerator, mask_BT.long(), 0).bool()
         rewards_KNT = gather_tokens(self.accelerator, rewards_BKT, torch.nan).transpose(0, 1).where(mask_NT, torch.nan)
-        self._record(step_metrics(self.reward_func_names, rewards_KNT))
+        self._record(step_metrics(self.reward_func_names, rewards_KNT, mask_NT))
+        self._record(outcome_correlations(self.reward_func_names, rewards_KNT, self._group_size))
         self._record(unjudged_shares(self.reward_func_names, rewards_KNT.isnan().all(-1).T))
         return self._group_advantages(
-            rewards_KNT,
+            rewards_KNT.masked_fill(self._withheld.T.unsqueeze(-1), torch.nan),
             mask_NT,
             estimator=self.args.process_advantage,
             gamma=cast(float | list[float], self.args.gamma),

@@ -45,6 +45,5 @@ def policy_steps(
 
 
 def step_rewards(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:
-    """Rewards on the last tokens of the steps that have a score; `None` if none has."""
-    scored = [] if scores is None else [(s.end, v) for s, v in zip(steps, scores, strict=True) if v is not None]
-    return StepRewards([end for end, _ in scored], [value for _, value in scored]) if scored else None
+    """Scores on the last tokens of their steps; `None` where the completion was not judged."""
+    return None if scores is None else StepRewards([step.end for step in steps], list(scores))

@@ -74,11 +74,16 @@ class RewardSource:
             reward = transform_reward(read_reward(value, length, where), self.transform, where)
             self.rewards.append(reward)
             if isinstance(reward, StepRewards):
-                reward = check_finite(
-                    REDUCTIONS[self.reduce](reward.values), f"{where}: the {self.reduce} of its steps"
-                )
+                scored, what = reward.scored, f"{where}: the {self.reduce} of its steps"
+                reward = check_finite(REDUCTIONS[self.reduce](scored), what) if scored else None
             numbers.append(reward)
         return numbers
+
+    def count_steps(self) -> tuple[int, int]:
+        """How many steps of the last batch were not scored, and how many there were."""
+        steps = [reward for reward in self.rewards if isinstance(reward, StepRewards)]
+        given = sum(len(reward.values) for reward in steps)
+        return given - sum(len(reward.scored) for reward in steps), given
 
     def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
         # Before the call: a function may change the lists that it gets

@@ -65,7 +65,8 @@ def transform_reward(reward: float | StepRewards | None, name: str, where: str) 
         return reward
     transform = parse_transform(name)
     if isinstance(reward, StepRewards):
-        return StepRewards(reward.ends, transform(list(reward.values)))
+        transformed = iter(transform(reward.scored))
+        return StepRewards(reward.ends, [None if value is None else next(transformed) for value in reward.values])
     if name in _SEQUENTIAL:
         raise ValueError(f"{where}: transform {name!r} compares steps, but the source returned one number.")
     return transform([reward])[0]

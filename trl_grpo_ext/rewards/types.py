@@ -16,8 +16,8 @@ class StepRewards:
     Args:
         ends (`Sequence[int]`):
             Index into `completion_ids` of each step's last token, strictly increasing, in `[0, len(completion_ids))`.
-        values (`Sequence[float]`):
-            Reward of each step, finite, as many as `ends`.
+        values (`Sequence[float | None]`):
+            Reward of each step, finite, as many as `ends`; `None` for a step that was not scored.
 
     Example:
 
@@ -28,7 +28,12 @@ class StepRewards:
     """
 
     ends: Sequence[int]
-    values: Sequence[float]
+    values: Sequence[float | None]
+
+    @property
+    def scored(self) -> list[float]:
+        """Rewards of the steps that were scored."""
+        return [value for value in self.values if value is not None]
 
 
 @runtime_checkable
@@ -62,7 +67,7 @@ def is_list_like(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (str, Mapping, Set))
 
 
-def check_finite(value: float, what: str) -> float:
+def check_finite(value: Any, what: str) -> float:
     """`value` as a float, or `ValueError` if float32 cannot hold it as a finite number."""
     # Also false for NaN
     if not abs(value) <= _LARGEST:
@@ -72,11 +77,10 @@ def check_finite(value: float, what: str) -> float:
     return float(value)
 
 
-def _numbers(values: Sequence[Any], where: str, field: str) -> list[float]:
-    for position, value in enumerate(values):
-        if not isinstance(value, Real):
-            raise TypeError(f"{where}: {field}[{position}] is {value!r}, which is not a number.")
-    return [check_finite(value, f"{where}: {field}[{position}]") for position, value in enumerate(values)]
+def _number(value: Any, what: str) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"{what} is {value!r}, which is not a number.")
+    return check_finite(value, what)
 
 
 def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
@@ -86,7 +90,7 @@ def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | N
     ends, values = plain(list(reward.ends)), plain(list(reward.values))
     if len(ends) != len(values):
         raise ValueError(f"{where}: StepRewards has {len(ends)} `ends` but {len(values)} `values`.")
-    values = _numbers(values, where, "values")
+    values = [None if v is None else _number(v, f"{where}: values[{k}]") for k, v in enumerate(values)]
     previous = -1
     for position, end in enumerate(ends):
         if isinstance(end, bool) or not isinstance(end, int):
@@ -125,11 +129,12 @@ def read_reward(value: Any, length: int, where: str) -> Reward:
     if isinstance(value, StepRewards):
         return _read_steps(value, length, where)
     if isinstance(value, Real):
-        return check_finite(float(value), f"{where}: the reward")
+        return check_finite(value, f"{where}: the reward")
     if isinstance(value, list):
         if len(value) != length:
             raise ValueError(f"{where}: {len(value)} token rewards for a completion of {length} tokens.")
-        return StepRewards(list(range(length)), _numbers(value, where, "token rewards")) if value else None
+        values = [_number(reward, f"{where}: token rewards[{token}]") for token, reward in enumerate(value)]
+        return StepRewards(list(range(length)), values) if value else None
     raise TypeError(
         f"{where}: got {type(value).__name__}; a reward is a float, a list of floats as long as the completion, "
         "StepRewards or None."
@@ -140,7 +145,7 @@ def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor) -> torch.Ten
     """
     Put one source's rewards on the tokens that carry them; NaN everywhere else.
 
-    A float sits on the completion's last token inside the loss mask; a step's value on the step's last token.
+    A float sits on the completion's last token inside the loss mask; a scored step's value on the step's last token.
 
     Args:
         rewards (`Sequence[float | StepRewards | None]` of length B):
@@ -155,7 +160,8 @@ def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor) -> torch.Ten
     loss_tokens_BT = mask_BT.bool().cpu()
     for row, reward in enumerate(rewards):
         if isinstance(reward, StepRewards):
-            placed_BT[row, torch.tensor(reward.ends)] = torch.tensor(reward.values)
+            values = [torch.nan if value is None else value for value in reward.values]
+            placed_BT[row, torch.tensor(reward.ends)] = torch.tensor(values)
         elif reward is not None and loss_tokens_BT[row].any():
             placed_BT[row, loss_tokens_BT[row].nonzero()[-1]] = reward
     return placed_BT.to(mask_BT.device)
