@@ -25,6 +25,7 @@ DEFAULTS = {
     "outcome_gate": None,
     "kl_estimator": "k3",
     "kl_reduction": "loss_type",
+    "logits_memory": 256 * 2**20,
     "prompt_separator": None,
     "reward_batch_tokens": None,
 }
@@ -94,6 +95,7 @@ BAD_VALUES = [
     bad("kl_reduction", "mean"),
     bad("prompt_separator", "", "empty"),
     bad("prompt_separator", 5),
+    *(bad("logits_memory", value) for value in (0, None, 1e9)),
     bad("reward_batch_tokens", 0),
     bad("reward_batch_tokens", -1),
     *(bad("reward_batch_tokens", value) for value in (1.5, True, "64")),
@@ -294,6 +296,7 @@ CHANGED = {
     "kl_reduction": "token_mean",
     "prompt_separator": "\n",
     "reward_batch_tokens": 64,
+    "logits_memory": 10**8,
 }
 
 

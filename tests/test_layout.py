@@ -19,6 +19,7 @@ PURE = [
     "advantages.py",
     "aggregation.py",
     "fused_head.py",
+    "logit_tiles.py",
     "importance.py",
     "kl.py",
     "metrics.py",
@@ -27,7 +28,10 @@ PURE = [
     "rewards/transforms.py",
     "rewards/types.py",
 ]
-MAY_USE_UPSTREAM = ["config.py", "policy_forward.py", "reference.py", "rewards/sources.py", "trainer.py"]
+MAY_USE_UPSTREAM = [
+    *("config.py", "policy_forward.py", "reference.py", "trainer.py"),
+    *("rewards/backbone.py", "rewards/sources.py"),
+]
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common
 MAY_ASK_FOR_ATTRIBUTES = {"rewards/sources.py": ["getattr"], "rewards/types.py": ["hasattr"]}
 TOP_LEVEL = {

@@ -10,9 +10,16 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import trl
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, get_config_model_id, is_async_callable
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    add_fused_lm_head,
+    get_config_model_id,
+    is_async_callable,
+    maybe_gather_lm_head_ctx,
+)
 
 
 __all__ = [
@@ -24,6 +31,8 @@ __all__ = [
     "get_config_model_id",
     "head_settings",
     "is_async_callable",
+    "maybe_gather_lm_head_ctx",
+    "prepare_deepspeed",
 ]
 
 # The constant that TRL adds to the standard deviation of rewards
@@ -52,6 +61,8 @@ _ATTRIBUTES = {
         "scale_rewards",
         "multi_objective_aggregation",
         "max_completion_length",
+        "epsilon_low",
+        "epsilon_high",
         "aux_loss_enabled",
         "router_aux_loss_coef",
         "rollout_func",
@@ -73,6 +84,8 @@ _ATTRIBUTES = {
         "beta",
         "importance_sampling_level",
         "loss_type",
+        "epsilon_low",
+        "epsilon_high",
     },
     "_calculate_rewards": {"reward_funcs"},
 }
@@ -90,9 +103,20 @@ _CONSTANTS: dict[str, set[Any]] = {
         "tool_mask",
         ADVANTAGE_EPS,
     },
-    "_compute_loss": {"advantages", "old_per_token_logps", "ref_per_token_logps", "tool_mask", "policy_loss", "kl"},
+    "_compute_loss": {
+        "advantages",
+        "old_per_token_logps",
+        "ref_per_token_logps",
+        "importance_sampling_ratio",
+        "tool_mask",
+        "policy_loss",
+        "kl",
+    },
     "_get_per_token_logps_and_entropies": {"labels", "fused_lm_head"},
 }
+
+# Called functions and their parameters
+_FUNCTIONS = {"prepare_deepspeed": (prepare_deepspeed, ["model", "accelerator"])}
 
 # Variables of `add_fused_lm_head` that its patched forward closes over
 _HEAD_VARIABLES = {
@@ -151,6 +175,9 @@ def upstream_changes(trainer: type = GRPOTrainer) -> list[str]:
             changes.append(f"`GRPOTrainer.{name}` no longer uses `{attribute}`")
         for constant in sorted(map(repr, _CONSTANTS.get(name, set()) - _constants(function.__code__))):
             changes.append(f"`GRPOTrainer.{name}` no longer uses {constant}")
+    for name, (function, expected) in _FUNCTIONS.items():
+        if (found := list(inspect.signature(function).parameters)) != expected:
+            changes.append(f"`{name}` takes {found} where {expected} were expected")
     for variable in sorted(set(_HEAD_VARIABLES.values()) - set(add_fused_lm_head.__code__.co_cellvars)):
         changes.append(f"`add_fused_lm_head` no longer resolves `{variable}`")
     return [change for change in changes if change is not None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from ._upstream import ADVANTAGE_EPS, GRPOConfig
+from .fused_head import LOGITS_MEMORY
 from .rewards.transforms import parse_transform
 
 
@@ -59,6 +60,9 @@ class GRPOExtConfig(GRPOConfig):
         kl_reduction (`str`, *optional*, defaults to `"loss_type"`):
             How per-token KLs become the loss term: `"loss_type"` reduces them as `loss_type` reduces the policy term,
             `"token_mean"` takes their mean over all loss tokens of the optimizer step.
+        logits_memory (`int`, *optional*, defaults to `268435456`):
+            With the exact KL: bytes that tiles of logits may take at one moment (256 MiB), for a few hundred tokens of
+            a large vocabulary in float32. Less than that is slower.
         prompt_separator (`str`, *optional*):
             Text whose tokens are appended to every tokenized prompt before generation.
         reward_batch_tokens (`int`, *optional*):
@@ -116,6 +120,10 @@ class GRPOExtConfig(GRPOConfig):
         default="loss_type",
         metadata={"help": "Reduce the KL as `loss_type` reduces the policy term, or to its mean over loss tokens."},
     )
+    logits_memory: int = field(
+        default=LOGITS_MEMORY,
+        metadata={"help": "With the exact KL: bytes that tiles of logits may take at one moment."},
+    )
     prompt_separator: str | None = field(
         default=None,
         metadata={"help": "Text whose tokens are appended to every tokenized prompt before generation."},
@@ -131,9 +139,11 @@ class GRPOExtConfig(GRPOConfig):
         self.gamma = _check_gamma(self.gamma)
         if not (_is_number(self.advantage_eps) and 0 <= self.advantage_eps < math.inf):
             raise ValueError(f"advantage_eps must be a finite number, 0 or larger; got {self.advantage_eps!r}.")
-        budget, separator = self.reward_batch_tokens, self.prompt_separator
-        if budget is not None and not (isinstance(budget, int) and not isinstance(budget, bool) and budget > 0):
-            raise ValueError(f"reward_batch_tokens must be an integer, 1 or larger; got {budget!r}.")
+        separator = self.prompt_separator
+        for name, budget in (("reward_batch_tokens", self.reward_batch_tokens), ("logits_memory", self.logits_memory)):
+            optional = name == "reward_batch_tokens" and budget is None
+            if not optional and not (isinstance(budget, int) and not isinstance(budget, bool) and budget > 0):
+                raise ValueError(f"{name} must be an integer, 1 or larger; got {budget!r}.")
         if separator is not None and not (isinstance(separator, str) and separator):
             raise ValueError(f"prompt_separator must be a text that is not empty, or None; got {separator!r}.")
         self.reward_transforms = _as_list(self.reward_transforms)

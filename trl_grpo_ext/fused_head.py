@@ -1,21 +1,53 @@
 """
 Log-probability, entropy and exact KL of every token, from hidden states, without the `(N, V)` logits.
 
-Both models' hidden states go through their heads a few tokens at a time. All figures of a token come from the same
-pair of logit rows, which is then freed; the backward projects again.
+Both models' hidden states go through their heads a chunk of tokens at a time, and all figures of a token come from one
+pair of logit rows. The gradient is made from them too, before the loss is known: its gradients with respect to the
+figures are one factor per token each, so that what they multiply can be kept. Matrix products of N x H x V operations:
+
+| head | gradients of the loss | forward | backward | kept |
+|---|---|---|---|---|
+| frozen | anything | 4 | 0 | two `(N, H)` |
+| trained | anything | 2 | 4 | nothing |
+| frozen | as expected | 3 | 0 | `(N, H)` |
+| trained | as expected | 4 | 0 | `(N, H)` and the head's gradient |
+
+Tokens whose gradients are not as expected, or whose entropy has one, go through the head(s) a second time.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from .logit_tiles import Rows, Tile, gradient_, recomputed_gradient_, statistics_
+
 
 # Bytes that all the V-wide tiles alive at one moment may take together
 LOGITS_MEMORY = 256 * 2**20
-# Upper bound of the V-wide tiles of one chunk alive at its worst moment, a mask and the slope of `softcap` included
-_LIVE_TILES = 6
+# Elementwise work goes over blocks of this many bytes: what the cache holds on a CPU, and enough for a kernel on a GPU
+_BLOCK_BYTES = {"cpu": 2**20}
+_BLOCK_BYTES_ELSEWHERE = 32 * 2**20
+# Upper bound of the block-sized tiles alive at the worst moment
+_BLOCK_TILES = 7
+# Chunk-sized tiles: the two models' logits, which make place for what their gradient is made from
+_CHUNK_TILES = 2
+# Relative difference between two ways to compute the same gradient in float32
+_SAME = 64 * torch.finfo(torch.float32).eps
+
+# From log-probabilities `(n,)` and the slice of the N tokens that they are of to the gradients of the loss with
+# respect to those tokens' `logp` and `kl`, up to one factor for all tokens
+ExpectedGradients = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+# From weight and bias of a head to the context in which they are whole
+Gathered = Callable[..., AbstractContextManager[Any]]
+
+
+def _whole(*head: torch.Tensor | None) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 class TokenStats(NamedTuple):
@@ -35,11 +67,14 @@ class _Options(NamedTuple):
     softcap: float | None
     matmul_dtype: torch.dtype
     logits_memory: int
+    expected: ExpectedGradients | None
+    gathered: Gathered
 
     def logits_(self, y: torch.Tensor) -> torch.Tensor:
-        if self.softcap is None:
-            return y.mul_(self.logit_scale / self.temperature)
-        return y.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        if self.softcap is not None:
+            return y.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        factor = self.logit_scale / self.temperature
+        return y if factor == 1 else y.mul_(factor)
 
     def slope(self, z: torch.Tensor) -> torch.Tensor | float:
         """`dz / dy` at the logits `z`."""
@@ -62,18 +97,42 @@ class _Model(NamedTuple):
         """Of everything but the matrix products: float32, or float64 for float64 hidden states."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
-    def logits(self, rows: slice) -> torch.Tensor:
-        # Widened after the product, as TRL does, so that the log-probabilities are TRL's
-        y = self.hidden[rows] @ self.weight.t()
-        if self.bias is not None:
-            y += self.bias
-        return self.options.logits_(y.to(self.dtype))
+    @property
+    def excludes(self) -> bool:
+        """Whether a logit may be -inf: a bias can say so, and float16 overflows."""
+        return self.bias is not None or self.hidden.dtype == torch.float16
 
-    def chunks(self) -> list[slice]:
-        n_tokens, vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        rows = max(1, self.options.logits_memory // (_LIVE_TILES * vocabulary * self.dtype.itemsize))
+    def product(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """The head's product of some rows, in the first rows of `out`: fresh memory costs more than the product's."""
+        return torch.mm(self.hidden[rows], self.weight.t(), out=out[: rows.stop - rows.start])
+
+    def logits_(self, product: torch.Tensor) -> torch.Tensor:
+        # Widened after product and bias, as TRL does, so that the log-probabilities are TRL's
+        if self.bias is not None:
+            product += self.bias
+        return self.options.logits_(product.to(self.dtype))
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Rows of a chunk and of a block."""
+        vocabulary, memory = self.weight.shape[0], self.options.logits_memory
+        row = vocabulary * self.dtype.itemsize
+        cache = _BLOCK_BYTES.get(self.hidden.device.type, _BLOCK_BYTES_ELSEWHERE)
+        block = max(1, min(cache, memory // (_BLOCK_TILES + _CHUNK_TILES)) // row)
+        chunk = (memory - _BLOCK_TILES * block * row) // (_CHUNK_TILES * vocabulary * self.hidden.itemsize)
+        return max(1, chunk), block
+
+    def buffer(self) -> torch.Tensor:
+        """Place for the products of a chunk."""
+        return self.hidden.new_empty(min(self._sizes[0], self.hidden.shape[0]), self.weight.shape[0])
+
+    def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
+        """The tokens in chunks, for the matrix products, and each chunk in blocks, for the elementwise work."""
+        n_tokens, (chunk, block) = self.hidden.shape[0], self._sizes
         # No token still makes one (empty) chunk, so that empty outputs come out of the same code
-        return [slice(start, min(start + rows, n_tokens)) for start in range(0, max(n_tokens, 1), rows)]
+        for start in range(0, max(n_tokens, 1), chunk):
+            stop = min(start + chunk, n_tokens)
+            yield slice(start, stop), [slice(s, min(s + block, stop)) for s in range(start, max(stop, 1), block)]
 
 
 def _models(tensors, options: _Options) -> tuple[_Model, _Model]:
@@ -96,72 +155,9 @@ def _matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
-def _log_softmax_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, in the place of `logits`, and probabilities, for one exponential."""
-    p = logits.sub_(logits.amax(-1, keepdim=True)).exp()
-    total = p.sum(-1, keepdim=True)
-    return logits.sub_(total.log()), p.div_(total)
-
-
-def _log_ratio_(logp: torch.Tensor, ref_logp: torch.Tensor, impossible: torch.Tensor) -> torch.Tensor:
-    """`log p - log q`, in the place of `ref_logp`; 0 where `p` is 0, which weighs nothing whatever `q` is."""
-    return torch.sub(logp, ref_logp, out=ref_logp).masked_fill_(impossible, 0)
-
-
-def _mass_gap_(log_ratio: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """
-    `sum_v (q_v - p_v)` to the precision of the log-ratios rather than of the two sums; overwrites its arguments.
-
-    `q - p = p * expm1(-log_ratio)` loses nothing where the two are close, and `max(q - e p, 0)` adds what the clamp
-    cuts off where `q > e p` (there the exponential could overflow, or `p` be 0).
-    """
-    excess = q.sub_(p, alpha=math.e).clamp_(min=0).sum(-1)
-    return log_ratio.clamp_(min=-1).neg_().expm1_().mul_(p).sum(-1) + excess
-
-
-def _chunk_stats(policy: _Model, reference: _Model, targets: torch.Tensor, rows: slice):
-    """The `TokenStats` of the tokens in `rows`, then their `sum_v p_v (log p_v - log q_v)` as summed."""
-    target = targets[rows, None]
-    logp, p = _log_softmax_(policy.logits(rows))
-    ref_logp, q = _log_softmax_(reference.logits(rows))
-    target_logp, target_ref_logp = logp.gather(1, target).squeeze(1), ref_logp.gather(1, target).squeeze(1)
-    impossible = p == 0
-    log_ratio = _log_ratio_(logp, ref_logp, impossible)
-    entropy = -logp.masked_fill_(impossible, 0).mul_(p).sum(-1)
-    mean_log_ratio = torch.mul(log_ratio, p, out=logp).sum(-1)
-    # sum_v (q - p) is 0 but for rounding: adding it turns each term into p log(p/q) + q - p >= 0, second order in the
-    # log-ratio, so that rounding in the normalisers does not drown (or turn negative) a small KL.
-    kl = (mean_log_ratio + _mass_gap_(log_ratio, p, q)).clamp_(min=0)
-    return target_logp, entropy, kl, target_ref_logp, mean_log_ratio
-
-
-def _product_gradient(policy: _Model, reference: _Model, per_token, grads, rows: slice) -> torch.Tensor:
-    """
-    Gradient of the loss with respect to the head's product, for the tokens in `rows`, shape `(n, V)`.
-
-    With the incoming `grads` g (None where the loss does not use the output) and the logits `z_j`: `dloss / dz_j =
-    g_logp (1[j = target] - p_j) - g_entropy p_j (log p_j + entropy) + g_kl p_j (log p_j - log q_j - KL)`.
-    """
-    targets, entropy, mean_log_ratio = (x[rows, None] for x in per_token)
-    g_logp, g_entropy, g_kl = (None if g is None else g[rows, None] for g in grads)
-    logits = policy.logits(rows)
-    slope = policy.options.slope(logits)
-    logp, p = _log_softmax_(logits)
-    impossible = p == 0
-    if g_kl is None:  # the reference need not be projected again
-        grad = torch.zeros_like(p)
-    else:
-        ref_logp = _log_softmax_(reference.logits(rows))[0]
-        # The mean as it was summed: p sums to 1 only to rounding, and the row's gradient must sum to 0
-        grad = _log_ratio_(logp, ref_logp, impossible).sub_(mean_log_ratio).mul_(g_kl)
-    if g_entropy is not None:
-        grad.sub_(logp.masked_fill_(impossible, 0).add_(entropy).mul_(g_entropy))
-    if g_logp is not None:
-        grad.sub_(g_logp)
-    grad.mul_(p)
-    if g_logp is not None:
-        grad.scatter_add_(1, targets, g_logp)
-    return grad.mul_(slope)
+def _sloped_(gradient: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    """From the logits' gradient to that of the product, without a pass where they are the same."""
+    return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
 
 
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -172,46 +168,245 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _add_gradients_(sums: list[torch.Tensor | None], policy: _Model, product_gradient: torch.Tensor, rows: slice):
-    hidden, weight, bias = sums
-    if bias is not None:
-        bias += product_gradient.sum(0)
-    product_gradient = product_gradient.to(policy.hidden.dtype)
-    if hidden is not None:
-        _add_product_(hidden[rows], product_gradient, policy.weight)
-    if weight is not None:
-        _add_product_(weight, product_gradient.t(), policy.hidden[rows])
+def _zeros(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(x, dtype=dtype)
+
+
+class _Gradients(NamedTuple):
+    """What goes back to the policy's hidden states, head and bias, summed in place over chunks, as far as wanted."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def zeros(cls, policy: _Model, wanted: Sequence[bool]) -> "_Gradients":
+        tensors = zip((policy.hidden, policy.weight, policy.bias), wanted, strict=True)
+        return cls(*(_zeros(x, policy.dtype) if want and x is not None else None for x, want in tensors))
+
+    def add_block(self, product: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take the gradient with respect to some rows of the product, and leave it in their place for `add_chunk`."""
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0))
+        # Copies nothing where the gradient was made in that place
+        product.copy_(gradient)
+
+    def add_chunk(self, policy: _Model, rows: slice, product: torch.Tensor) -> None:
+        if self.hidden is not None:
+            _add_product_(self.hidden[rows], product, policy.weight)
+        if self.weight is not None:
+            _add_product_(self.weight, product.t(), policy.hidden[rows])
+
+
+class _LossGradients(NamedTuple):
+    """Gradients of the loss with respect to the outputs, `(N, 1)`; None for an output that it does not use."""
+
+    logp: torch.Tensor | None
+    entropy: torch.Tensor | None
+    kl: torch.Tensor | None
+
+    def take(self, rows: torch.Tensor | slice) -> "_LossGradients":
+        return _LossGradients(*(None if g is None else g[rows] for g in self))
+
+
+class _Block(NamedTuple):
+    """Some rows after the forward's elementwise work."""
+
+    rows: slice
+    tile: Tile
+    target: torch.Tensor  # column
+    slope: torch.Tensor | float
+    product: torch.Tensor  # these two are free to be overwritten
+    ref_product: torch.Tensor
+
+
+class _Forward(Protocol):
+    """What the forward does for the backward, between the matrix products."""
+
+    def block(self, block: _Block) -> None:
+        """See the statistics of some rows, and leave in place of their products what `chunk` is to project."""
+
+    def chunk(self, policy: _Model, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+        """Project what the blocks have left."""
+
+    def backward(
+        self, policy: _Model, targets: torch.Tensor, loss: _LossGradients, wanted: Sequence[bool]
+    ) -> tuple[_Gradients, torch.Tensor | None, _LossGradients]:
+        """The gradients; the tokens (None: all) that need a second pass; the loss's gradients that it is to apply."""
+        ...
+
+
+class _KeepNothing:
+    """Everything is left to a second pass."""
+
+    def block(self, block: _Block) -> None:
+        pass
+
+    def chunk(self, policy: _Model, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+        pass
+
+    def backward(self, policy, targets, loss, wanted):
+        return _Gradients.zeros(policy, wanted), None, loss
+
+
+class _KeepBases:
+    """
+    For a frozen head: the gradient to a token's hidden state is a combination of three vectors known in the forward.
+
+    `g_logp (slope_target w_target - sum_v p_v slope_v w_v) + g_kl sum_v p_v (log_ratio_v - mean) slope_v w_v`.
+    """
+
+    def __init__(self, policy: _Model):
+        shape = policy.hidden.shape
+        self.p_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
+        self.kl_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
+        self.target_slopes: list[torch.Tensor] = []
+
+    def block(self, block: _Block) -> None:
+        tile, slope = block.tile, block.slope
+        block.product.copy_(_sloped_(tile.log_ratio.sub_(tile.rows.mean_log_ratio).mul_(tile.p), slope))
+        block.ref_product.copy_(_sloped_(tile.p, slope))
+        at_target = slope.gather(-1, block.target) if isinstance(slope, torch.Tensor) else slope
+        self.target_slopes.append(torch.ones_like(tile.rows.logp) * at_target)
+
+    def chunk(self, policy: _Model, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+        _add_product_(self.kl_basis[rows], product, policy.weight)
+        _add_product_(self.p_basis[rows], ref_product, policy.weight)
+
+    def backward(self, policy, targets, loss, wanted):
+        hidden = torch.zeros_like(self.kl_basis)
+        if loss.kl is not None:
+            hidden.addcmul_(self.kl_basis, loss.kl)
+        if loss.logp is not None:
+            direction = policy.weight[targets.squeeze(-1)] * torch.cat(self.target_slopes) - self.p_basis
+            hidden.addcmul_(direction, loss.logp)
+        return _Gradients(hidden, None, None), None, _LossGradients(None, loss.entropy, None)
+
+
+class _KeepExpected:
+    """The gradients of the expected loss; the backward applies the factor, and corrects the tokens that differ."""
+
+    def __init__(self, policy: _Model, wanted: Sequence[bool], expected: ExpectedGradients):
+        self.gradients = _Gradients.zeros(policy, wanted)
+        self.expected = expected
+        self.loss: list[torch.Tensor] = []
+
+    def block(self, block: _Block) -> None:
+        tile = block.tile
+        g_logp, g_kl = (g.unsqueeze(-1) for g in self.expected(tile.rows.logp.squeeze(-1), block.rows))
+        gradient = gradient_(tile, block.target, g_logp, g_kl)
+        self.gradients.add_block(block.product, _sloped_(gradient, block.slope))
+        self.loss.append(torch.cat([g_logp, g_kl], -1))
+
+    def chunk(self, policy: _Model, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+        self.gradients.add_chunk(policy, rows, product)
+
+    def backward(self, policy, targets, loss, wanted):
+        expected_N2 = torch.cat(self.loss)
+        nothing = torch.zeros_like(expected_N2[:, :1])
+        g_logp, g_entropy, g_kl = (nothing if g is None else g for g in loss)
+        found_N2 = torch.cat([g_logp, g_kl], -1)
+        # The weight of the KL is known for certain, so the factor is the one that it arrived with
+        kl_weight = expected_N2[:, 1:].where(expected_N2[:, 1:] != 0, torch.nan)
+        factor = (g_kl / kl_weight).nanmedian().nan_to_num(1.0)
+        missing_N2 = found_N2 - factor * expected_N2
+        differs_N2 = missing_N2.abs() > _SAME * found_N2.abs().amax(-1, keepdim=True)
+        tokens = (differs_N2.any(-1, keepdim=True) | (g_entropy != 0)).squeeze(-1).nonzero().squeeze(-1)
+        gradients = _Gradients(*(None if x is None else x * factor for x in self.gradients))
+        return gradients, tokens, _LossGradients(missing_N2[:, :1], loss.entropy, missing_N2[:, 1:])
+
+
+def _keep(policy: _Model, wanted: Sequence[bool]) -> _Forward:
+    if policy.options.expected is not None and any(wanted):
+        return _KeepExpected(policy, wanted, policy.options.expected)
+    return _KeepBases(policy) if tuple(wanted) == (True, False, False) else _KeepNothing()
+
+
+# A block's work is a function of its own, so that its tiles are freed before the next block's are made
+
+
+def _first_block(
+    policy: _Model, reference: _Model, keep: _Forward, places: list[torch.Tensor], rows: slice, target: torch.Tensor
+) -> torch.Tensor:
+    logits, ref_logits = policy.logits_(places[0]), reference.logits_(places[1])
+    slope = policy.options.slope(logits)
+    tile = statistics_(logits, ref_logits, target, policy.excludes or reference.excludes)
+    keep.block(_Block(rows, tile, target, slope, places[0], places[1]))
+    return torch.cat(tile.rows, -1)
+
+
+def _second_block(
+    policy: _Model,
+    reference: _Model,
+    gradients: _Gradients,
+    places: list[torch.Tensor],
+    rows: Rows,
+    target: torch.Tensor,
+    loss: _LossGradients,
+) -> None:
+    logits, ref_logits = policy.logits_(places[0]), None if loss.kl is None else reference.logits_(places[1])
+    slope = policy.options.slope(logits)
+    excludes = policy.excludes or reference.excludes
+    gradient = recomputed_gradient_(logits, ref_logits, rows, target, loss.logp, loss.entropy, loss.kl, excludes)
+    gradients.add_block(places[0], _sloped_(gradient, slope))
+
+
+def _add_second_pass(
+    gradients: _Gradients, policy: _Model, reference: _Model, targets: torch.Tensor, rows: Rows, loss: _LossGradients
+) -> None:
+    """Add the gradients that are made from logits computed again."""
+    models = (policy,) if loss.kl is None else (policy, reference)
+    buffers = [policy.buffer() for _ in models]
+    for chunk, blocks in policy.chunks():
+        products = [model.product(chunk, out) for model, out in zip(models, buffers, strict=True)]
+        for block in blocks:
+            places = [product[block.start - chunk.start : block.stop - chunk.start] for product in products]
+            own_rows, own_loss = Rows(*(x[block] for x in rows)), loss.take(block)
+            _second_block(policy, reference, gradients, places, own_rows, targets[block], own_loss)
+        gradients.add_chunk(policy, chunk, products[0])
 
 
 class _FusedTokenStats(torch.autograd.Function):
-    """Keeps the inputs and two numbers per token; the backward computes the logits again."""
-
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, targets, options):
         ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing in the backward
         models = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         policy, reference = _models(models, options)
-        parts = [_chunk_stats(policy, reference, targets, rows) for rows in policy.chunks()]
-        logp, entropy, kl, ref_logp, mean_log_ratio = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(*models, targets, entropy, mean_log_ratio)
-        ctx.options = options
+        keep = _keep(policy, ctx.needs_input_grad[:3])
+        rows, buffers, targets = [], (policy.buffer(), policy.buffer()), targets[:, None]
+        for chunk, blocks in policy.chunks():
+            products = policy.product(chunk, buffers[0]), reference.product(chunk, buffers[1])
+            for block in blocks:
+                places = [product[block.start - chunk.start : block.stop - chunk.start] for product in products]
+                rows.append(_first_block(policy, reference, keep, places, block, targets[block]))
+            keep.chunk(policy, chunk, *products)
+        rows_N9 = torch.cat(rows)
+        ctx.save_for_backward(*models, targets, rows_N9)
+        ctx.options, ctx.keep = options, keep
+        logp, entropy, kl, ref_logp = (x.contiguous() for x in rows_N9.unbind(-1)[:4])
         ctx.mark_non_differentiable(ref_logp)
         return logp, entropy, kl, ref_logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        models, per_token = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        with torch.autocast(models[0].device.type, enabled=False):  # the products keep the forward's dtype
+        *models, targets, rows_N9 = ctx.saved_tensors
+        loss = _LossGradients(*(None if g is None else g[:, None] for g in grads[:3]))
+        no_autocast = torch.autocast(models[0].device.type, enabled=False)  # the products keep the forward's dtype
+        with no_autocast, ctx.options.gathered(*models[1:3]):
             policy, reference = _models(models, ctx.options)
-            sums = [
-                torch.zeros_like(x, dtype=policy.dtype) if needed else None
-                for x, needed in zip(models[:3], ctx.needs_input_grad[:3], strict=True)
-            ]
-            for rows in policy.chunks():
-                # Not bound to a name, which would keep the tile alive during the next chunk
-                _add_gradients_(sums, policy, _product_gradient(policy, reference, per_token, grads[:3], rows), rows)
-        results = (None if x is None else x.to(p.dtype) for x, p in zip(sums, models[:3], strict=True))
+            gradients, tokens, rest = ctx.keep.backward(policy, targets, loss, ctx.needs_input_grad[:3])
+            if tokens is not None:
+                policy, reference = (model._replace(hidden=model.hidden[tokens]) for model in (policy, reference))
+                targets, rows_N9, rest = targets[tokens], rows_N9[tokens], rest.take(tokens)
+            second = gradients
+            if tokens is not None:
+                second = gradients._replace(hidden=_Gradients.zeros(policy, ctx.needs_input_grad[:3]).hidden)
+            if len(targets) and any(g is not None for g in rest):
+                _add_second_pass(second, policy, reference, targets, Rows(*rows_N9.split(1, -1)), rest)
+            if tokens is not None and gradients.hidden is not None:
+                gradients.hidden.index_add_(0, tokens, second.hidden)
+        results = (None if x is None else x.to(p.dtype) for x, p in zip(gradients, models[:3], strict=True))
         return *results, *(None,) * 5
 
 
@@ -292,9 +487,51 @@ def fused_token_stats(
     Raises:
         ValueError: if a shape does not fit, or a number that must be positive is not.
     """
+    return fused_token_stats_for_loss(
+        hidden,
+        weight,
+        targets,
+        ref_hidden,
+        ref_weight,
+        bias=bias,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        logits_memory=logits_memory,
+    )
+
+
+def fused_token_stats_for_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    logits_memory: int = LOGITS_MEMORY,
+    expected: ExpectedGradients | None = None,
+    gathered: Gathered = _whole,
+) -> TokenStats:
+    """
+    [`fused_token_stats`] for a loss whose gradients can be foretold, and for heads that are sharded between uses.
+
+    Args:
+        expected: from log-probabilities `(n,)` and the slice of their tokens to the gradients of the loss with respect
+            to `logp` and `kl`, `(n,)` each, up to one factor for all N tokens. They decide about the speed only: the
+            backward compares them with what arrives, and makes good what differs.
+        gathered: from `weight` and `bias` to the context in which the backward finds them whole; in the forward they
+            have to be.
+    """
     _check_shapes(hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias)
     _check_options(temperature, softcap, logits_memory)
-    options = _Options(temperature, logit_scale, softcap, _matmul_dtype(hidden), logits_memory)
+    dtype = _matmul_dtype(hidden)
+    options = _Options(temperature, logit_scale, softcap, dtype, logits_memory, expected, gathered)
     reference = (None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
     with torch.autocast(hidden.device.type, enabled=False):
         return TokenStats(*_FusedTokenStats.apply(hidden, weight, bias, *reference, targets, options))

@@ -1,4 +1,6 @@
-"""Importance ratios of the policy to the policy that sampled the tokens."""
+"""Importance ratios of the policy to the policy that sampled the tokens, and the clipped loss made from them."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -57,3 +59,52 @@ def sequence_token_old_logps(logp_BT: torch.Tensor, old_logp_BT: torch.Tensor, m
     logp_BT = logp_BT.detach()
     log_ratio_BT = (logp_BT - old_logp_BT).masked_fill(mask_BT == 0, 0.0)
     return logp_BT - log_ratio_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+
+
+class ExpectedLoss:
+    """
+    Gradients of the clipped loss and the KL term with respect to each token's log-prob and KL, before the loss is run.
+
+    For `- sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) + sum_t k_t KL_t` with `r_t = exp(logp_t - old_t)`:
+    `- w_t A_t r_t` where the ratio is not clipped, else 0, and `k_t`.
+
+    Args:
+        weighted_advantages_BT (`torch.Tensor` of shape `(B, T)`):
+            `w_t A_t`.
+        kl_weights_BT (`torch.Tensor` of shape `(B, T)`):
+            `k_t`.
+        old_logp_BT (`torch.Tensor` of shape `(B, T)` or `None`):
+            Log-probs when the tokens were sampled; `None` where the ratio is 1.
+        low, high (`float`):
+            The clip range.
+    """
+
+    def __init__(
+        self,
+        weighted_advantages_BT: torch.Tensor,
+        kl_weights_BT: torch.Tensor,
+        old_logp_BT: torch.Tensor | None,
+        low: float,
+        high: float,
+    ):
+        self.weighted_advantages_BT = weighted_advantages_BT
+        self.kl_weights_BT = kl_weights_BT
+        self.old_logp_BT = old_logp_BT
+        self.low, self.high = low, high
+
+    def at(self, mask_BT: torch.Tensor) -> Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]:
+        """The two gradients of the tokens inside `mask_BT`, as a function of log-probs and the slice they are of."""
+        advantages_N, kl_weights_N = (
+            x.to(mask_BT.device)[mask_BT] for x in (self.weighted_advantages_BT, self.kl_weights_BT)
+        )
+        old_logp_N = None if self.old_logp_BT is None else self.old_logp_BT.to(mask_BT.device)[mask_BT]
+
+        def gradients(logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            advantages = advantages_N[rows]
+            if old_logp_N is None:
+                return -advantages, kl_weights_N[rows]
+            ratio = torch.exp(logp - old_logp_N[rows])
+            clipped = torch.where(advantages > 0, ratio > 1 + self.high, ratio < 1 - self.low)
+            return (-advantages * ratio).masked_fill(clipped, 0.0), kl_weights_N[rows]
+
+        return gradients

@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from ._upstream import FusedCausalLMOutput, HeadSettings
-from .fused_head import fused_token_stats
+from ._upstream import FusedCausalLMOutput, HeadSettings, maybe_gather_lm_head_ctx
+from .fused_head import fused_token_stats_for_loss
+from .importance import ExpectedLoss
 
 
 @dataclass
@@ -63,13 +64,13 @@ class ReferenceHead:
         self._modules[self.policy.training] = module
 
 
-def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: ReferenceHead) -> None:
+def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: ReferenceHead, memory: int) -> None:
     """
     Let `model`, which TRL gave a fused head, take part in the exact KL.
 
     `model(..., labels=..., keep_hidden_states=True)` is a pass of the reference: it runs the backbone only and notes
-    the head in `reference`. `model(..., labels=..., ref_hidden_states=...)` is a pass of the policy and returns
-    [`ExactKLOutput`]. Any other call is the model's own.
+    the head in `reference`. `model(..., labels=..., ref_hidden_states=..., expected_loss=...)` is a pass of the policy
+    and returns [`ExactKLOutput`]. Any other call is the model's own.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -78,12 +79,14 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
             How hidden states become logits, as TRL resolved it.
         reference (`ReferenceHead`):
             Shared by the policy and the reference.
+        memory (`int`):
+            Bytes for tiles of logits.
     """
     forward = model.forward
 
     # Keeps the signature, against which `generate` checks its arguments
     @functools.wraps(type(model).forward)
-    def exact_kl_forward(self, *args, keep_hidden_states=False, ref_hidden_states=None, **kwargs):
+    def exact_kl_forward(self, *args, keep_hidden_states=False, ref_hidden_states=None, expected_loss=None, **kwargs):
         if not keep_hidden_states and ref_hidden_states is None:
             return forward(*args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
@@ -98,7 +101,16 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
             )
         ref_BTH = cast(torch.Tensor, ref_hidden_states)
         tokens = slice(-ref_BTH.size(1), None)
-        output = _token_stats(hidden_states[:, tokens], head, labels[:, tokens], ref_BTH, reference.module, settings)
+        output = _token_stats(
+            hidden_states[:, tokens],
+            head,
+            labels[:, tokens],
+            ref_BTH,
+            reference.module,
+            settings,
+            memory,
+            expected_loss,
+        )
         if kwargs.get("output_router_logits"):
             text_config = self.config.get_text_config()
             output.aux_loss = cast(
@@ -143,6 +155,8 @@ def _token_stats(
     ref_hidden_BTH: torch.Tensor,
     ref_head: nn.Linear,
     settings: HeadSettings,
+    memory: int,
+    expected_loss: ExpectedLoss | None,
 ) -> ExactKLOutput:
     """Run the fused head on the labelled tokens only, and put its statistics back in place."""
     own = _Head.of(head)
@@ -156,8 +170,9 @@ def _token_stats(
     if settings.cast_to_fp32:
         hidden_NH, ref_hidden_NH = hidden_NH.float(), ref_hidden_NH.float()
         context = torch.autocast(device.type, enabled=False)
-    with context:
-        stats = fused_token_stats(
+    heads = [own.weight, own.bias] + ([] if other is None else [other.weight, other.bias])
+    with context, maybe_gather_lm_head_ctx(*heads):
+        stats = fused_token_stats_for_loss(
             hidden_NH,
             own.weight,
             labels_BT[mask_BT],
@@ -168,6 +183,9 @@ def _token_stats(
             temperature=settings.temperature,
             logit_scale=settings.logit_scale,
             softcap=settings.softcap,
+            logits_memory=memory,
+            expected=None if expected_loss is None else expected_loss.at(mask_BT),
+            gathered=maybe_gather_lm_head_ctx,
         )
     logp, entropy, kl, ref_logp = (x.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x) for x in stats)
     return ExactKLOutput(log_probs=logp, entropy=entropy, label_mask=mask_BT, kl=kl, ref_log_probs=ref_logp)

@@ -1,10 +1,14 @@
 """Per-token values to a scalar, as each of TRL's loss types does it for its policy term."""
 
+from typing import Any
+
 import torch
 
 
 PER_SEQUENCE_MEAN = ("grpo", "sapo")
 PER_WINDOW_TOKEN = ("cispo", "dapo", "vespo", "token_mean")
+# Loss types whose policy term is the clipped ratio times the advantage
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 REDUCTIONS = (*PER_SEQUENCE_MEAN, "bnpo", "dr_grpo", "luspo", *PER_WINDOW_TOKEN)
 
 
@@ -69,3 +73,11 @@ def reduce_tokens(
     if reduction in PER_WINDOW_TOKEN:
         return kept_BT.sum() / window_tokens
     raise ValueError(f"`reduction` must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def token_weights(mask_BT: torch.Tensor, reduction: str, **options: Any) -> torch.Tensor:
+    """What each token's value counts in [`reduce_tokens`], `(B, T)`: its gradient, with the same arguments."""
+    with torch.enable_grad():
+        values_BT = torch.zeros_like(mask_BT, dtype=torch.float32).requires_grad_()
+        (weights_BT,) = torch.autograd.grad(reduce_tokens(values_BT, mask_BT, reduction, **options), values_BT)
+    return weights_BT

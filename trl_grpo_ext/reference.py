@@ -73,9 +73,11 @@ class CachedReference:
         moves (`bool`):
             Whether the reference is updated during training (`sync_ref_model`). A batch keeps the reference that it
             was generated with, so its head is then copied for each.
+        logits_memory (`int`):
+            Bytes for tiles of logits.
     """
 
-    def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator, moves: bool):
+    def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator, moves: bool, logits_memory: int):
         self.policy = model
         self.ref_model = ref_model
         self.moves = moves
@@ -88,9 +90,10 @@ class CachedReference:
         settings, self._head = head_settings(policy.forward), ReferenceHead(model)
         # The models outlive the trainer, and would keep the reference's head
         head = weakref.proxy(self._head)
-        add_exact_kl(policy, settings, head)
+        add_exact_kl(policy, settings, head, logits_memory)
         if ref_model is not None:
-            add_exact_kl(accelerator.unwrap_model(ref_model), settings, head)
+            reference = cast(PreTrainedModel, accelerator.unwrap_model(ref_model))
+            add_exact_kl(reference, settings, head, logits_memory)
         self._hidden_states: list[torch.Tensor] = []
 
     def is_reference(self, model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ._upstream import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .aggregation import process_advantages
 from .collectives import gather, gather_tokens, local_rows, total
 from .config import GRPOExtConfig
-from .importance import importance_ratio, sequence_token_old_logps
+from .importance import ExpectedLoss, importance_ratio, sequence_token_old_logps
 from .kl import kl_estimate, weight_by_ratio
 from .metrics import (
     completion_means,
@@ -24,7 +24,7 @@ from .metrics import (
     withheld_shares,
 )
 from .policy_forward import ModelCall
-from .reduction import reduce_tokens
+from .reduction import CLIPPED_LOSSES, reduce_tokens, token_weights
 from .reference import CachedReference, prepare_adapter_reference
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.models import open_reward_model
@@ -107,7 +107,11 @@ class GRPOExtTrainer(GRPOTrainer):
         self._reference = None
         if args.kl_estimator == "exact":
             self._reference = CachedReference(
-                cast(nn.Module, self.model), self.ref_model, self.accelerator, moves=args.sync_ref_model
+                cast(nn.Module, self.model),
+                self.ref_model,
+                self.accelerator,
+                moves=args.sync_ref_model,
+                logits_memory=args.logits_memory,
             )
         self._rewards_per_func = self._withheld = torch.empty(0)
 
@@ -265,7 +269,10 @@ class GRPOExtTrainer(GRPOTrainer):
             if self._sequence_token:
                 self._set_sequence_ratio(output, inputs)
 
-        extra = {} if self._reference is None else {"ref_hidden_states": inputs.pop("ref_hidden_states")}
+        extra = {}
+        if self._reference is not None:
+            extra["ref_hidden_states"] = inputs.pop("ref_hidden_states")
+            extra["expected_loss"] = self._expected_loss(inputs)
         call = ModelCall(model, on_output, **extra)
         if self.args.uses_trl_kl:
             loss = super()._compute_loss(call, inputs)
@@ -283,7 +290,7 @@ class GRPOExtTrainer(GRPOTrainer):
 
     def _add_kl(self, loss: torch.Tensor, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Add our KL term to TRL's loss, unless that holds its own, and log both parts."""
-        steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+        steps = self._accumulation_steps
         policy_loss = loss.detach()
         if self.aux_loss_enabled:
             policy_loss = policy_loss - self.router_aux_loss_coef * output.aux_loss.detach() / steps
@@ -292,7 +299,8 @@ class GRPOExtTrainer(GRPOTrainer):
             return loss
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.args.uses_trl_kl):
             kls = self._kls(output, inputs)
-            kl_loss = self.beta * self._reduce(kls["kl"], inputs, steps)
+            options = self._reduction_options(inputs)
+            kl_loss = self.beta * reduce_tokens(kls["kl"], _loss_mask(inputs), self._kl_reduction, **options)
         if self.args.uses_trl_kl:
             policy_loss, kls = policy_loss - kl_loss, {}
         else:
@@ -313,18 +321,42 @@ class GRPOExtTrainer(GRPOTrainer):
             kl_BT = weight_by_ratio(kl_BT, ratio, estimator)
         return {"kl": kl_BT}
 
-    def _reduce(self, values_BT: torch.Tensor, inputs: dict[str, Any], steps: int) -> torch.Tensor:
+    def _expected_loss(self, inputs: dict[str, Any]) -> ExpectedLoss | None:
+        """What the exact KL's head may expect of TRL's loss; `None` where its gradient is not a token's own."""
+        old_logp_BT = inputs.get("old_per_token_logps")
+        clips = self.loss_type in CLIPPED_LOSSES and self.args.importance_sampling_level == "token"
+        if old_logp_BT is not None and not clips:
+            return None
+        mask_BT, options = _loss_mask(inputs), self._reduction_options(inputs)
+        advantages = inputs["advantages"] if inputs["advantages"].ndim == 2 else inputs["advantages"].unsqueeze(1)
+        policy_weights_BT = token_weights(mask_BT, self.loss_type, **options)
+        kl_weights_BT = self.beta * token_weights(mask_BT, self._kl_reduction, **options)
+        return ExpectedLoss(
+            policy_weights_BT * advantages * inputs.get("importance_sampling_ratio", 1.0),
+            kl_weights_BT,
+            old_logp_BT,
+            self.epsilon_low,
+            self.epsilon_high,
+        )
+
+    @property
+    def _accumulation_steps(self) -> float:
+        return self.current_gradient_accumulation_steps if self._mode == "train" else 1
+
+    @property
+    def _kl_reduction(self) -> str:
+        return self.loss_type if self.args.kl_reduction == "loss_type" else self.args.kl_reduction
+
+    def _reduction_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        steps = self._accumulation_steps
         window_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "train":
             window_tokens = window_tokens * steps / self.args.steps_per_generation
-        return reduce_tokens(
-            values_BT,
-            _loss_mask(inputs),
-            self.loss_type if self.args.kl_reduction == "loss_type" else self.args.kl_reduction,
-            max_completion_length=cast(int, self.max_completion_length),
-            window_tokens=window_tokens,
-            accumulation_steps=steps,
-        )
+        return {
+            "max_completion_length": cast(int, self.max_completion_length),
+            "window_tokens": window_tokens,
+            "accumulation_steps": steps,
+        }
 
     def _log_loss(
         self,
