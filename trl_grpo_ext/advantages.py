@@ -9,6 +9,7 @@ deviations have ddof 1; a set without spread, or of one completion, gets advanta
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 
 SCALES = ("group", "batch", "none")
@@ -16,6 +17,10 @@ BASELINES = ("all", "active")
 
 # PURE's softmax temperature over step rewards
 SOFT_MINIMUM_TEMPERATURE = 0.1
+
+# Tokens per block of a scan, and tokens scanned at once: what the processor's cache holds
+_SCAN_BLOCK = 32
+_SCAN_TOKENS = 2**19
 
 # Spread below this share of the largest value is rounding: two float32 units in the last place
 _RELATIVE_SPREAD = 2.4e-7
@@ -29,8 +34,8 @@ def discounted_returns(
     Discounted sum of this and all later rewards, at every token.
 
     `R_t = r_t + g_t R_{t+1}`, `R_T = 0`, with `g_t = gamma` at every token, or, given step ends, `gamma` where a step
-    ends and 1 elsewhere. Computed by recursive doubling in `O(log T)` tensor operations; no power of gamma is divided
-    by, so none can underflow into the result.
+    ends and 1 elsewhere. A parallel scan in `O(log T)` tensor operations; no power of gamma is divided by, so none can
+    underflow into the result.
 
     Args:
         rewards_NT (`torch.Tensor` of shape `(N, T)`):
@@ -46,18 +51,38 @@ def discounted_returns(
     if rewards_NT.ndim != 2 or (step_ends_NT is not None and step_ends_NT.shape != rewards_NT.shape):
         ends_shape = None if step_ends_NT is None else tuple(step_ends_NT.shape)
         raise ValueError(f"expected rewards and step ends (N, T); got {tuple(rewards_NT.shape)} and {ends_shape}.")
-    discounts_NT = torch.full_like(rewards_NT, gamma)
-    if step_ends_NT is not None:
-        discounts_NT = discounts_NT.where(step_ends_NT.bool(), 1.0)
-    returns_NT = rewards_NT
-    span = 1
-    while span < rewards_NT.size(1):
-        # After this, returns and discounts cover 2 * span tokens from each token on
-        ahead = returns_NT[:, span:] * discounts_NT[:, :-span]
-        returns_NT = torch.cat([returns_NT[:, :-span] + ahead, returns_NT[:, -span:]], dim=1)
-        discounts_NT = torch.cat([discounts_NT[:, :-span] * discounts_NT[:, span:], discounts_NT[:, -span:]], dim=1)
-        span *= 2
+    returns_NT, every_token = torch.empty_like(rewards_NT), rewards_NT.new_full((1, rewards_NT.size(1)), gamma)
+    rows = max(1, _SCAN_TOKENS // max(1, rewards_NT.size(1)))
+    for some in (slice(start, start + rows) for start in range(0, len(rewards_NT), rows)):
+        discounts = every_token if step_ends_NT is None else every_token.where(step_ends_NT[some].bool(), 1.0)
+        returns_NT[some] = _backward_scan(rewards_NT[some], discounts)
     return returns_NT
+
+
+def _backward_scan(values_NT: torch.Tensor, factors_NT: torch.Tensor) -> torch.Tensor:
+    """
+    `R_t = v_t + f_t R_{t+1}`, in all blocks of `_SCAN_BLOCK` tokens at once, then over the blocks in the same way.
+
+    `factors_NT` may have a single row.
+    """
+    length = values_NT.size(1)
+    padding = -length % _SCAN_BLOCK
+    # (block's token, N, blocks), so that one token of all blocks lies together; both are new memory
+    values, factors = (
+        F.pad(x, (0, padding))
+        .unflatten(1, (-1, _SCAN_BLOCK))
+        .permute(2, 0, 1)
+        .clone(memory_format=torch.contiguous_format)
+        for x in (values_NT, factors_NT)
+    )
+    for t in range(_SCAN_BLOCK - 2, -1, -1):
+        values[t].addcmul_(factors[t], values[t + 1])
+        factors[t].mul_(factors[t + 1])
+    if values.size(2) > 1:
+        # What a block's last token gets from the blocks after it
+        after = F.pad(_backward_scan(values[0], factors[0])[:, 1:], (0, 1))
+        values.addcmul_(factors, after)
+    return values.permute(1, 2, 0).flatten(1)[:, :length]
 
 
 class Moments(NamedTuple):
