@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -12,20 +13,20 @@ from transformers import (
     LlamaConfig,
 )
 
-from trl_grpo_ext.rewards import heads
+from trl_grpo_ext.rewards import backbone
+from trl_grpo_ext.rewards.backbone import Backbone
 from trl_grpo_ext.rewards.heads import (
-    BackboneWithHead,
     GatedObjectivesHead,
-    HeadScorer,
+    Heads,
     LabelSoftmax,
     LinearHead,
-    LogRatioScorer,
     MLPHead,
     ReadBatch,
     SequenceScalar,
-    TokenPairScorer,
     ValueHead,
+    vocabulary_head,
 )
+from trl_grpo_ext.rewards.scorers import HeadReader, LogRatioScorer, Scorer, TokenPairReader
 
 
 SIZES = {
@@ -53,6 +54,15 @@ def causal(config=CONFIG, dtype=torch.float32):
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def token_pair(model, good, bad):
+    head = vocabulary_head(model)
+    return Scorer(Backbone(model, "model", causal=True), TokenPairReader(head.weight, head.bias, good, bad))
+
+
+def log_ratio(model, reference, beta):
+    return LogRatioScorer(*(Backbone(one, "model", causal=True) for one in (model, reference)), beta)
+
+
 @torch.no_grad()
 def logits_at_reads(model, batch):
     """Full logits of each solution by itself, unpadded, in float64 from the hidden states on."""
@@ -68,24 +78,24 @@ def logits_at_reads(model, batch):
 def test_a_token_pair_equals_the_softmax_over_two_entries_of_the_full_logits(batch):
     model = causal()
     expected = logits_at_reads(model, batch)[:, [7, 31]].softmax(-1)[:, 0]
-    torch.testing.assert_close(TokenPairScorer(model, 7, 31)(batch).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(token_pair(model, 7, 31)(batch).double(), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_a_token_pair_counts_the_heads_bias(batch):
     model = causal()
-    plain = TokenPairScorer(model, 7, 31)(batch)
+    plain = token_pair(model, 7, 31)(batch)
     model.lm_head.bias = nn.Parameter(torch.linspace(-1, 2, 50))
     difference = float(model.lm_head.bias[7] - model.lm_head.bias[31])
-    torch.testing.assert_close(TokenPairScorer(model, 7, 31)(batch).logit(), plain.logit() + difference)
+    torch.testing.assert_close(token_pair(model, 7, 31)(batch).logit(), plain.logit() + difference)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 5, 512])
 def test_a_log_ratio_equals_the_sums_of_full_log_probabilities(batch, chunk, monkeypatch):
-    monkeypatch.setattr(heads, "_CHUNK", chunk)
+    monkeypatch.setattr(backbone, "_CHUNK", chunk)
     model, reference = causal(), causal()
-    read = LogRatioScorer(model, reference, beta=0.5)(batch)
+    read = log_ratio(model, reference, beta=0.5)(batch)
     expected = []
     for row, position in zip(batch.rows_R.tolist(), batch.positions_R.tolist(), strict=True):
         ids = batch.input_ids_BL[row, : int(batch.attention_mask_BL[row].sum())]
@@ -93,16 +103,20 @@ def test_a_log_ratio_equals_the_sums_of_full_log_probabilities(batch, chunk, mon
         answer = range(int(batch.prompt_lengths_B[row]), position + 1)
         expected.append(0.5 * sum(float(own[t - 1, ids[t]] - other[t - 1, ids[t]]) for t in answer))
     torch.testing.assert_close(read.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=1e-4)
-    assert LogRatioScorer(model, model, beta=0.5)(batch).abs().max() == 0
+    assert log_ratio(model, model, beta=0.5)(batch).abs().max() == 0
 
 
-def with_head(head, dtype=torch.float32):
+def with_head(head):
+    """A decoder and a head on it."""
     torch.manual_seed(1)
-    model = BackboneWithHead(CONFIG, head).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if not name.startswith("model."):
-            nn.init.normal_(parameter.data, std=0.5)
-    return model
+    heads = Heads(CONFIG, head)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter.data, std=0.5)
+    return AutoModel.from_config(CONFIG).eval(), heads
+
+
+def head_scorer(decoder, heads, head, reading):
+    return Scorer(Backbone(decoder, "model", causal=False), HeadReader(heads, head, reading))
 
 
 @torch.no_grad()
@@ -117,25 +131,25 @@ def test_heads_and_readings_equal_numpy(batch):
         (LinearHead("v_head.summary", 1), ValueHead(), lambda z: 1 / (1 + np.exp(-z[:, 0]))),
         (LinearHead("score", 1, bias=False), SequenceScalar(), lambda z: z[:, 0]),
     ):
-        model = with_head(head)
-        hidden = model.model(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state
+        decoder, heads = with_head(head)
+        hidden = decoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state
         x = hidden[batch.rows_R, batch.positions_R].double().numpy()
-        weights = {key: value.double().numpy() for key, value in model.state_dict().items() if key[:6] != "model."}
+        weights = {key: value.double().numpy() for key, value in heads.state_dict().items()}
         if isinstance(head, MLPHead):
             x = np.maximum(x @ weights["score.0.weight"].T + weights["score.0.bias"], 0)
             z = x @ weights["score.2.weight"].T + weights["score.2.bias"]
         else:
             z = x @ weights[f"{head.name}.weight"].T + weights.get(f"{head.name}.bias", 0)
-        np.testing.assert_allclose(HeadScorer(model, head, reading)(batch).numpy(), read(z), atol=1e-5)
+        np.testing.assert_allclose(head_scorer(decoder, heads, head, reading)(batch).numpy(), read(z), atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_gate_looks_at_its_own_solutions_prompt(batch):
     head = GatedObjectivesHead(gate_offset=2)
-    model = with_head(head)
-    scores = HeadScorer(model, head, SequenceScalar())(batch)
-    hidden = model.model(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state.double()
-    w = {key: value.double() for key, value in model.state_dict().items()}
+    decoder, heads = with_head(head)
+    scores = head_scorer(decoder, heads, head, SequenceScalar())(batch)
+    hidden = decoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state.double()
+    w = {key: value.double() for key, value in heads.state_dict().items()}
     for read, row, position in zip(scores, batch.rows_R.tolist(), batch.positions_R.tolist(), strict=True):
         gate = hidden[row, int(batch.prompt_lengths_B[row]) - 2]
         for layer in range(2):
@@ -150,9 +164,9 @@ def test_a_gate_looks_at_its_own_solutions_prompt(batch):
 def test_padding_and_what_follows_a_read_position_change_nothing(batch):
     model, head = causal(), LinearHead("score", 2)
     scorers = [
-        TokenPairScorer(model, 7, 31),
-        LogRatioScorer(model, causal(), 1.0),
-        HeadScorer(with_head(head), head, LabelSoftmax()),
+        token_pair(model, 7, 31),
+        log_ratio(model, causal(), 1.0),
+        head_scorer(*with_head(head), head, LabelSoftmax()),
     ]
     ids = batch.input_ids_BL.clone()
     for row in range(3):
@@ -169,15 +183,5 @@ def test_models_that_change_their_logits_are_refused():
         (CohereConfig(**SIZES, logit_scale=0.25), "logit_scale"),
     ):
         with pytest.raises(ValueError, match=f"changes its logits .*{field}"):
-            TokenPairScorer(causal(config), 7, 31)
-    TokenPairScorer(causal(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)), 7, 31)
-
-
-def test_a_head_stays_in_float32(tmp_path):
-    head = MLPHead("score", 2)
-    model = with_head(head)
-    model.save_pretrained(tmp_path)
-    for dtype in (torch.float16, torch.bfloat16):
-        loaded = BackboneWithHead.from_pretrained(tmp_path, config=CONFIG, head=head, dtype=dtype)
-        assert {p.dtype for p in loaded.model.parameters()} == {dtype}
-        assert torch.equal(loaded.get_submodule("score.2").weight, model.get_submodule("score.2").weight)
+            token_pair(causal(config), 7, 31)
+    token_pair(causal(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)), 7, 31)

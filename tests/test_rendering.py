@@ -1,10 +1,13 @@
 """Rendering with three real tokenizers: what is written, where it is read, and what a policy cannot forge."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.hub_folders import llama_tokenizer, load_tokenizer, missing_packages, qwen_tokenizer, save_mistral_tokenizer
+from tests.test_alignment import load_tokenizer as tokenizer_by_name
 from trl_grpo_ext.rewards.rendering import Bare, Tagged, Turns, chat_frame, encode_text, one_id
 
 
@@ -149,6 +152,8 @@ def test_pieces_of_ordinary_text_are_the_ids_of_the_whole(tokenizers):
 
 def test_a_template_that_drops_a_message_is_an_error(tokenizers):
     class Deaf:
+        chat_template = "{{ messages[0]['content'] }}"
+
         def apply_chat_template(self, messages, tokenize):
             return messages[0]["content"]
 
@@ -172,3 +177,35 @@ def test_a_separator_of_several_ids_is_read_at_its_last(tokenizers):
     ids, _, reads = Tagged(tag=" ###\n---\n", single=False).render(qwen, "a", ["b", "c"])
     assert ids == [*qwen.encode("a"), *qwen.encode("b"), *separator, *qwen.encode("c"), *separator]
     assert reads == [1 + len(separator), 2 + 2 * len(separator)]
+
+
+def test_tokenizers_without_a_fast_implementation_render_too():
+    problem, steps = "What is </s> 2 + 3?", ["2 + 3 = 5 </s> ки", "So <unk> it is\n5."]
+    rendering = Tagged(tag=" ки", first=" ", between="\n")
+    fast, slow = (tokenizer_by_name(name) for name in ("mistral", "mistral-slow"))
+    assert fast.is_fast and not slow.is_fast
+    assert rendering.render(slow, problem, steps) == rendering.render(fast, problem, steps)
+    byt5 = tokenizer_by_name("byt5")
+    rendered = Tagged(tag="\n", first=" ").render(byt5, problem, steps)
+    assert not {*rendered.ids} & {*byt5.all_special_ids}
+    assert byt5.decode(rendered.ids) == f"{problem} {steps[0]}\n{steps[1]}\n"
+    assert [rendered.ids[position] for position in rendered.read_positions] == [byt5.encode("\n")[0]] * 2
+
+
+def test_a_chat_template_is_rendered_once_and_again_when_it_changes():
+    tokenizer, calls = copy.copy(qwen_tokenizer()), []
+    apply = type(tokenizer).apply_chat_template
+
+    class Counting(type(tokenizer)):
+        def apply_chat_template(self, *args, **options):
+            calls.append(1)
+            return apply(self, *args, **options)
+
+    tokenizer.__class__ = Counting
+    first = [chat_frame(tokenizer, ["user", "assistant"], "Be brief.") for _ in range(3)]
+    assert first[0] == first[1] == first[2] and len(calls) == 1
+    first[0].append("changed by the caller")
+    assert chat_frame(tokenizer, ["user", "assistant"], "Be brief.") == first[1]
+    assert chat_frame(tokenizer, ["user", "assistant"]) != first[1] and len(calls) == 2
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    assert chat_frame(tokenizer, ["user", "assistant"]) == ["<", "><", ">"] and len(calls) == 3

@@ -1,5 +1,7 @@
 """Every preset against its model card's recipe, written out by hand: joined strings, full logits, one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -348,7 +350,7 @@ def test_probabilities_that_underflow_in_half_precision_are_read_in_full(preset,
         expected = PROCESS_CARDS[preset](card, PROBLEM, SOLUTIONS[0]).tolist()
     folder = copy_with_weights(folders(preset), tmp_path / folders(preset).name, lambda weights: card.weights)
     model = ProcessRewardModel.from_pretrained(str(folder), dtype=torch.float16, tokenizer=card.tokenizer)
-    assert model.scorer.model.dtype == torch.float16
+    assert model.scorer.backbone.loaded.dtype == torch.float16
     (read,) = model.score_steps([PROBLEM], [SOLUTIONS[0]])
     assert read == pytest.approx(expected, rel=1e-2, abs=1e-30)
 
@@ -456,7 +458,7 @@ def test_a_second_reward_model_from_the_same_folder_shares_its_weights(folders):
     first = ProcessRewardModel.from_pretrained(str(folders("math-shepherd")))
     lines = Segmentation(by="tokens", window=5)
     second = ProcessRewardModel.from_pretrained(first.name, weights_of=first, segmentation=lines)
-    assert second.scorer.model is first.scorer.model and second.segmentation == lines
+    assert second.scorer.backbone is first.scorer.backbone and second.segmentation == lines
     assert second.score_steps([PROBLEM], SOLUTIONS[:1]) == first.score_steps([PROBLEM], SOLUTIONS[:1])
     with pytest.raises(ValueError, match="weights_of holds"):
         ProcessRewardModel.from_pretrained(str(folders("trl-prm")), weights_of=first)
@@ -487,7 +489,7 @@ def test_truncation_keeps_the_question_and_leaves_whole_last_steps_unscored(shep
         (scores,) = short.score_steps([PROBLEM], SOLUTIONS[:1])
         assert scores == pytest.approx([*whole[:scored], *[None] * (3 - scored)])
     short.policy_tokenizer = short.tokenizer
-    assert short(prompts=[PROBLEM], completion_ids=[short.tokenizer.encode("12")]) == [None]
+    assert short(prompts=[PROBLEM], completion_ids=[short.tokenizer.encode("12")]) == [StepRewards([2], [None])]
 
 
 def test_batches_by_tokens_equal_one_by_one_and_keep_their_bound(shepherd):
@@ -495,7 +497,8 @@ def test_batches_by_tokens_equal_one_by_one_and_keep_their_bound(shepherd):
     solutions = [[f"Step {k}: {k} + {n} = {k + n}." for k in range(length)] for n, length in enumerate(lengths)]
     problems = [f"{PROBLEM} ({n})" * (1 + n % 3) for n in range(len(lengths))]
     sizes = []
-    hook = shepherd.scorer.register_forward_pre_hook(lambda module, args: sizes.append(args[0].input_ids_BL.numel()))
+    backbone = shepherd.scorer.backbone
+    hook = backbone.register_forward_pre_hook(lambda module, args: sizes.append(args[0].input_ids_BL.numel()))
     alone = [shepherd.score_steps([problem], [own])[0] for problem, own in zip(problems, solutions, strict=True)]
     longest = max(sizes)
     for copies in (1, 6):
@@ -515,9 +518,9 @@ def test_a_process_with_fewer_batches_runs_as_many_forwards_as_the_others(preset
     model = ProcessRewardModel.from_pretrained(str(folders(preset)), **options)
     alone = model.score_steps([PROBLEM] * 2, SOLUTIONS)
     forwards = []
-    model.scorer.register_forward_pre_hook(lambda module, args: forwards.append(1))
-    monkeypatch.setattr("trl_grpo_ext.rewards.models.gather", lambda accelerator, own: torch.cat([own, own + 2]))
-    model.accelerator = object()
+    model.scorer.backbone.register_forward_pre_hook(lambda module, args: forwards.append(1))
+    monkeypatch.setattr("trl_grpo_ext.rewards.reward_model.gather", lambda accelerator, own: torch.cat([own, own + 2]))
+    model.accelerator = SimpleNamespace(device="cpu")
     assert model.score_steps([PROBLEM] * 2, SOLUTIONS) == alone
     assert len(forwards) == 3
     assert model.score_steps([], []) == [] and len(forwards) == 5
@@ -549,7 +552,7 @@ def test_the_policys_tokens_carry_the_scores(shepherd):
     # The separator belongs to the step before it
     ends = [end + (policy.decode(ids[end + 1]).strip() == "") if end + 1 < len(ids) else end for end in ends]
     (scores,) = shepherd.score_steps([PROBLEM], [lines])
-    assert rewards[1] is None
+    assert rewards[1] == StepRewards([], [])
     for reward in (rewards[0], rewards[2]):
         assert isinstance(reward, StepRewards)
         assert list(reward.ends) == ends

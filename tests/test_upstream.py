@@ -101,6 +101,11 @@ def test_a_head_setting_that_is_gone_is_named(variable, monkeypatch):
     assert upstream_changes() == [f"`add_fused_lm_head` no longer resolves `{variable}`"]
 
 
+def test_a_called_function_that_takes_other_parameters_is_named(monkeypatch):
+    monkeypatch.setitem(_upstream._FUNCTIONS, "prepare_deepspeed", (lambda model: None, ["model", "accelerator"]))
+    assert upstream_changes() == ["`prepare_deepspeed` takes ['model'] where ['model', 'accelerator'] were expected"]
+
+
 def test_all_changes_are_listed_with_the_version_and_the_way_out():
     trainer = trainer_with(_compute_loss=edited("_compute_loss", co_names=lambda code: ()))
     del trainer._tokenize_prompts

@@ -260,14 +260,14 @@ class _KeepBases:
         shape = policy.hidden.shape
         self.p_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
         self.kl_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
-        self.target_slopes: list[torch.Tensor] = []
+        self.target_slopes = policy.hidden.new_empty(shape[0], 1, dtype=policy.dtype)
 
     def block(self, block: _Block) -> None:
         tile, slope = block.tile, block.slope
         block.product.copy_(_sloped_(tile.log_ratio.sub_(tile.rows.mean_log_ratio).mul_(tile.p), slope))
         block.ref_product.copy_(_sloped_(tile.p, slope))
         at_target = slope.gather(-1, block.target) if isinstance(slope, torch.Tensor) else slope
-        self.target_slopes.append(torch.ones_like(tile.rows.logp) * at_target)
+        self.target_slopes[block.rows] = at_target
 
     def chunk(self, policy: _Model, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         _add_product_(self.kl_basis[rows], product, policy.weight)
@@ -278,7 +278,7 @@ class _KeepBases:
         if loss.kl is not None:
             hidden.addcmul_(self.kl_basis, loss.kl)
         if loss.logp is not None:
-            direction = policy.weight[targets.squeeze(-1)] * torch.cat(self.target_slopes) - self.p_basis
+            direction = policy.weight[targets.squeeze(-1)] * self.target_slopes - self.p_basis
             hidden.addcmul_(direction, loss.logp)
         return _Gradients(hidden, None, None), None, _LossGradients(None, loss.entropy, None)
 
@@ -289,20 +289,20 @@ class _KeepExpected:
     def __init__(self, policy: _Model, wanted: Sequence[bool], expected: ExpectedGradients):
         self.gradients = _Gradients.zeros(policy, wanted)
         self.expected = expected
-        self.loss: list[torch.Tensor] = []
+        self.loss_N2 = policy.hidden.new_empty(policy.hidden.shape[0], 2, dtype=policy.dtype)
 
     def block(self, block: _Block) -> None:
         tile = block.tile
         g_logp, g_kl = (g.unsqueeze(-1) for g in self.expected(tile.rows.logp.squeeze(-1), block.rows))
         gradient = gradient_(tile, block.target, g_logp, g_kl)
         self.gradients.add_block(block.product, _sloped_(gradient, block.slope))
-        self.loss.append(torch.cat([g_logp, g_kl], -1))
+        self.loss_N2[block.rows] = torch.cat([g_logp, g_kl], -1)
 
     def chunk(self, policy: _Model, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         self.gradients.add_chunk(policy, rows, product)
 
     def backward(self, policy, targets, loss, wanted):
-        expected_N2 = torch.cat(self.loss)
+        expected_N2 = self.loss_N2
         nothing = torch.zeros_like(expected_N2[:, :1])
         g_logp, g_entropy, g_kl = (nothing if g is None else g for g in loss)
         found_N2 = torch.cat([g_logp, g_kl], -1)
@@ -373,14 +373,15 @@ class _FusedTokenStats(torch.autograd.Function):
         models = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         policy, reference = _models(models, options)
         keep = _keep(policy, ctx.needs_input_grad[:3])
-        rows, buffers, targets = [], (policy.buffer(), policy.buffer()), targets[:, None]
+        buffers, targets = (policy.buffer(), policy.buffer()), targets[:, None]
+        # Made beforehand: what is kept of each block would lie where its tiles were, and the next ones not fit there
+        rows_N9 = hidden.new_empty(len(targets), len(Rows._fields), dtype=policy.dtype)
         for chunk, blocks in policy.chunks():
             products = policy.product(chunk, buffers[0]), reference.product(chunk, buffers[1])
             for block in blocks:
                 places = [product[block.start - chunk.start : block.stop - chunk.start] for product in products]
-                rows.append(_first_block(policy, reference, keep, places, block, targets[block]))
+                rows_N9[block] = _first_block(policy, reference, keep, places, block, targets[block])
             keep.chunk(policy, chunk, *products)
-        rows_N9 = torch.cat(rows)
         ctx.save_for_backward(*models, targets, rows_N9)
         ctx.options, ctx.keep = options, keep
         logp, entropy, kl, ref_logp = (x.contiguous() for x in rows_N9.unbind(-1)[:4])

@@ -27,7 +27,7 @@ from .policy_forward import ModelCall
 from .reduction import CLIPPED_LOSSES, reduce_tokens, token_weights
 from .reference import CachedReference, prepare_adapter_reference
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
-from .rewards.models import open_reward_model
+from .rewards.models import open_reward_models
 from .rewards.sources import RewardSource, read_model_rewards, wrap_source
 from .rewards.types import place_rewards
 
@@ -87,7 +87,7 @@ class GRPOExtTrainer(GRPOTrainer):
             init_kwargs = cast(dict[str, Any], args.model_init_kwargs or {})
             loading = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
             sources = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [open_reward_model(s, loading) if isinstance(s, str) else s for s in sources]
+            reward_funcs = open_reward_models(sources, loading)
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()

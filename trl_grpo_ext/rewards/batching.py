@@ -1,5 +1,6 @@
 """Reward-model forwards cut by a token budget, so that their memory follows the budget and not the batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..collectives import gather
+from .heads import ReadBatch
+from .rendering import Rendered
 
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -31,6 +34,21 @@ def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
+
+
+def collate(rendered: Sequence[Rendered], pad_id: int, mask_reads: bool, device: torch.device) -> ReadBatch:
+    """Pad solutions on the right and note where each is read."""
+    lengths = torch.tensor([len(one.ids) for one in rendered])
+    ids = torch.full((len(rendered), int(lengths.max())), pad_id)
+    for row, one in enumerate(rendered):
+        ids[row, : len(one.ids)] = torch.tensor(one.ids)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    rows = torch.tensor([row for row, one in enumerate(rendered) for _ in one.read_positions], dtype=torch.long)
+    positions = torch.tensor([position for one in rendered for position in one.read_positions], dtype=torch.long)
+    if mask_reads:
+        mask[rows, positions] = 0
+    prompts = torch.tensor([one.prompt_length for one in rendered])
+    return ReadBatch(*(tensor.to(device) for tensor in (ids, mask, rows, positions, prompts)))
 
 
 class TokenBatchedModel(nn.Module):

@@ -1,7 +1,7 @@
-"""How scores are read from a reward model's hidden states: heads described by data, and the modules that read them.
+"""How scores are read from a reward model's hidden states: heads and readings, described by data.
 
-Every scorer runs the backbone once and reads at given positions only, in float32; no logits of the whole vocabulary
-are kept. Shapes: `B` solutions, `L` their padded ids, `R` read positions of all solutions, `O` outputs of a head.
+Everything is read at given positions only, in float32. Shapes: `B` solutions, `L` their padded ids, `R` read positions
+of all solutions, `O` outputs of a head.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-
-
-# Positions whose logits over the whole vocabulary exist at the same time, in the log-ratio
-_CHUNK = 512
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class ReadBatch(NamedTuple):
@@ -86,9 +82,9 @@ class LinearHead:
         bias = self.bias if isinstance(self.bias, bool) else config.to_dict()[self.bias]
         _add(model, self.name, nn.Linear(config.get_text_config().hidden_size, self.outputs, bias=bias))
 
-    def logits(self, model: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
+    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
         """Outputs at the read positions, of shape `(R, O)`."""
-        return model.get_submodule(self.name)(batch.at_reads(hidden_BLH))
+        return heads.get_submodule(self.name)(batch.at_reads(hidden_BLH))
 
 
 @dataclass(frozen=True)
@@ -128,40 +124,36 @@ class GatedObjectivesHead:
         _add(model, "gating.layers", nn.ModuleList(layers))
         model.get_submodule("gating").register_parameter("logit_scale", nn.Parameter(torch.ones(1)))
 
-    def logits(self, model: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
+    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
         """The gated score at the read positions, of shape `(R, 1)`."""
-        temperature = {"gating_temperature": 10.0, **_fields(model.config)}["gating_temperature"]
+        temperature = {"gating_temperature": 10.0, **_fields(heads.config)}["gating_temperature"]
         gates_R = batch.prompt_lengths_B[batch.rows_R] - self.gate_offset
         gate = hidden_BLH[batch.rows_R, gates_R].float()
-        *inner, last = model.get_submodule("gating.layers").children()
+        *inner, last = heads.get_submodule("gating.layers").children()
         for layer in inner:
             gate = F.relu(layer(gate))
-        weights_RO = F.softmax(last(gate) / temperature, dim=-1) * model.get_parameter("gating.logit_scale")
-        objectives_RO = model.get_submodule("regression_layer")(batch.at_reads(hidden_BLH))
-        return (weights_RO * (objectives_RO @ model.get_parameter("reward_transform_matrix"))).sum(-1, keepdim=True)
+        weights_RO = F.softmax(last(gate) / temperature, dim=-1) * heads.get_parameter("gating.logit_scale")
+        objectives_RO = heads.get_submodule("regression_layer")(batch.at_reads(hidden_BLH))
+        return (weights_RO * (objectives_RO @ heads.get_parameter("reward_transform_matrix"))).sum(-1, keepdim=True)
 
 
 Head = LinearHead | MLPHead | GatedObjectivesHead
 
 
-class BackboneWithHead(PreTrainedModel):
+class Heads(PreTrainedModel):
     """
-    A plain backbone of transformers (`AutoModel`) with a head described by data, loaded by one `from_pretrained`.
+    A head described by data, loaded by one `from_pretrained` from a whole model's checkpoint, apart from its backbone.
 
-    Head keys are checked like the backbone's, and the head stays in float32, unquantised, whatever the backbone is.
+    So the head is float32, unquantised and whole on every device, whatever is done with the backbone.
     """
 
-    base_model_prefix = "model"
     config_class = PreTrainedConfig
-    # The backbone inside checks these for itself
+    # Attention is the backbone's
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: PreTrainedConfig, head: Head):
         super().__init__(config)
-        self.model = AutoModel.from_config(config)
         head.attach(self, config)
-        self._keep_in_fp32_modules_strict = {name for name, _ in self.named_children() if name != "model"}
-        self._keep_in_fp32_modules_strict |= {name for name, _ in self.named_parameters(recurse=False)}
         self.post_init()
 
 
@@ -227,78 +219,22 @@ HeadReading = LabelSoftmax | ValueHead | SequenceScalar
 Reading = HeadReading | TokenPair | LogRatio
 
 
-def _hidden_states(backbone: nn.Module, batch: ReadBatch) -> torch.Tensor:
-    return backbone(
-        input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False
-    ).last_hidden_state
+def vocabulary_head(model: PreTrainedModel) -> nn.Linear:
+    """
+    The head over the vocabulary of a causal language model.
 
-
-class HeadScorer(nn.Module):
-    """Scores of a [`BackboneWithHead`]."""
-
-    def __init__(self, model: BackboneWithHead, head: Head, reading: HeadReading):
-        super().__init__()
-        self.model, self.head, self.reading = model, head, reading
-
-    def forward(self, batch: ReadBatch) -> torch.Tensor:
-        hidden_BLH = _hidden_states(self.model.model, batch)
-        return self.reading.scores(self.head.logits(self.model, hidden_BLH, batch))
-
-
-def _vocabulary_head(model: PreTrainedModel) -> nn.Linear:
+    Raises:
+        ValueError: it is not a plain linear layer, or the model changes its logits, which readings would not see.
+    """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear head over the vocabulary but {head}.")
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"{type(model).__name__} has no plain linear head over the vocabulary but {head}. If it is quantised or "
+            "has an adapter, leave it out of that (bitsandbytes: llm_int8_skip_modules)."
+        )
     config = _fields(model.config)
     scaled = {"final_logit_softcapping", "logit_scale", "logits_scaling"} & config.keys()
     found = {name: config[name] for name in scaled if config[name] not in (None, 1)}
     if found:
         raise ValueError(f"{type(model).__name__} changes its logits ({found}); this reading takes them as they are.")
     return head
-
-
-class TokenPairScorer(nn.Module):
-    """Scores of a causal language model whose answer is one of two tokens."""
-
-    direction_H: torch.Tensor
-
-    def __init__(self, model: PreTrainedModel, good: int, bad: int):
-        super().__init__()
-        output = _vocabulary_head(model)
-        # Kept apart, so that a sharded head never has to be gathered for it
-        weight_VH = output.weight.detach()
-        self.register_buffer("direction_H", weight_VH[good].float() - weight_VH[bad].float(), persistent=False)
-        self.offset = 0.0 if output.bias is None else float(output.bias[good] - output.bias[bad])
-        self.model = model
-
-    def forward(self, batch: ReadBatch) -> torch.Tensor:
-        hidden_RH = batch.at_reads(_hidden_states(self.model.base_model, batch))
-        return (hidden_RH @ self.direction_H + self.offset).sigmoid()
-
-
-def token_log_probs(model: PreTrainedModel, batch: ReadBatch) -> torch.Tensor:
-    """Log-probability of every id after the first, `(B, L - 1)` in float32, over a chunk of positions at a time."""
-    hidden_BLH = _hidden_states(model.base_model, batch)[:, :-1]
-    head = _vocabulary_head(model)
-    log_probs = []
-    for hidden, ids in zip(
-        hidden_BLH.flatten(0, 1).split(_CHUNK), batch.input_ids_BL[:, 1:].flatten().split(_CHUNK), strict=True
-    ):
-        logits = head(hidden).float()
-        log_probs.append(logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(log_probs).view(hidden_BLH.shape[:2])
-
-
-class LogRatioScorer(nn.Module):
-    """Scores of a causal language model against a reference model with the same tokenizer."""
-
-    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel, beta: float):
-        super().__init__()
-        self.model, self.reference, self.beta = model, reference, beta
-
-    def forward(self, batch: ReadBatch) -> torch.Tensor:
-        ratios = token_log_probs(self.model, batch) - token_log_probs(self.reference, batch)
-        columns = torch.arange(1, batch.input_ids_BL.shape[1], device=ratios.device)
-        answer = columns >= batch.prompt_lengths_B[:, None]
-        sums = F.pad((ratios * answer).cumsum(-1), (1, 0))
-        return self.beta * batch.at_reads(sums)

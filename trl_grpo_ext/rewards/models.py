@@ -1,202 +1,24 @@
-"""Reward models as reward sources: loading by preset, scoring in batches cut by tokens, and TRL's call."""
+"""Process and outcome reward models as reward sources, and what a bare id in `reward_funcs` stands for."""
 
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from accelerate import Accelerator, DistributedType, PartialState
+from transformers import AutoModelForSequenceClassification
 from typing_extensions import Self
 
-from ..collectives import gather
 from .alignment import align_tokens
-from .batching import token_batches
-from .heads import LogRatio, LogRatioScorer, ReadBatch
-from .loading import (
-    length_limit,
-    load_causal,
-    load_reference,
-    load_with_head,
-    make_scorer,
-    resolve_preset,
-    whole_config,
-)
+from .loading import find_source, resolve_preset, whole_on_every_process
 from .policy_text import assistant_text, last_user_text, policy_steps, step_rewards
 from .presets import Preset, find_preset
-from .rendering import Rendered, encode_text
+from .rendering import encode_text
+from .reward_model import RewardModel
+from .scorers import Scorer
 from .segmentation import Segmentation, segment, split_text
+from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
 from .types import StepRewards
-
-
-_BATCH_TOKENS = 16384
-_PROGRESS_AFTER_SECONDS = 10
-
-_PROBLEM = "Tom has 3 bags with 4 apples each and eats 2 of the apples. How many apples are left?"
-_GOOD_STEPS = (
-    "Step 1: There are 3 * 4 = 12 apples in the bags.",
-    "Step 2: Tom eats 2 of them, so 12 - 2 = 10 apples are left.",
-    "Step 3: The answer is \\boxed{10}.",
-)
-_BAD_STEPS = (
-    "Step 1: There are 3 * 4 = 12 apples in the bags.",
-    "Step 2: Tom eats 2 of them, so 12 - 2 = 34 apples are left.",
-    "Step 3: The answer is \\boxed{34}.",
-)
-_CORRUPTED = 1
-
-
-def collate(rendered: Sequence[Rendered], pad_id: int, mask_reads: bool, device: torch.device) -> ReadBatch:
-    """Pad solutions on the right and note where each is read."""
-    lengths = torch.tensor([len(one.ids) for one in rendered])
-    ids = torch.full((len(rendered), int(lengths.max())), pad_id)
-    for row, one in enumerate(rendered):
-        ids[row, : len(one.ids)] = torch.tensor(one.ids)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    rows = torch.tensor([row for row, one in enumerate(rendered) for _ in one.read_positions], dtype=torch.long)
-    positions = torch.tensor([position for one in rendered for position in one.read_positions], dtype=torch.long)
-    if mask_reads:
-        mask[rows, positions] = 0
-    prompts = torch.tensor([one.prompt_length for one in rendered])
-    return ReadBatch(*(tensor.to(device) for tensor in (ids, mask, rows, positions, prompts)))
-
-
-class RewardModel:
-    """
-    What process and outcome reward models share; see [`ProcessRewardModel`] and [`OutcomeRewardModel`].
-
-    Callable with TRL's reward-function signature, and not an `nn.Module`: TRL takes those for sequence classifiers.
-    `scorer` is the module, always in evaluation mode.
-    """
-
-    kind: ClassVar[str]
-
-    def __init__(self, scorer: nn.Module, tokenizer: Any, preset: Preset, name: str, max_length: int | None = None):
-        if preset.kind != self.kind:
-            raise ValueError(
-                f"preset '{preset.name}' is of kind '{preset.kind}'; {type(self).__name__} needs another."
-            )
-        preset.rendering.check(tokenizer)
-        self.scorer = scorer.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.preset = preset
-        self.name = name
-        # Read by TRL for its logs
-        self.__name__ = name.rstrip("/").split("/")[-1]
-        self.reduce = preset.reduce
-        self.max_length = max_length
-        self.batch_tokens = _BATCH_TOKENS
-        self.accelerator: Accelerator | None = None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str,
-        *,
-        preset: Preset | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        quantization_config: Any = None,
-        tokenizer: Any = None,
-        reference: str | PreTrainedModel | None = None,
-        weights_of: "RewardModel | None" = None,
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        **loading: Any,
-    ) -> Self:
-        """
-        Load a reward model without remote code, every key of its head checked.
-
-        Args:
-            model (`str`):
-                Id on the Hub, or folder.
-            preset ([`Preset`] or `str`, *optional*):
-                How it is fed and read, or the name of one of `PRESETS`; found from id and config by default.
-            dtype (`torch.dtype` or `str`, *optional*):
-                Of the backbone; heads are float32.
-            quantization_config (*optional*):
-                Of the backbone.
-            tokenizer (*optional*):
-                The model's own tokenizer by default.
-            reference (`str` or `PreTrainedModel`, *optional*):
-                Second model of a log-ratio; the preset's by default.
-            weights_of ([`RewardModel`], *optional*):
-                A reward model loaded from the same id or folder, whose weights are used instead of a second copy.
-            max_length (`int`, *optional*):
-                Longest input; the preset's, else the model's positions, by default.
-            batch_tokens (`int`, *optional*, defaults to 16384):
-                Padded tokens per forward.
-            **loading:
-                Further arguments of `from_pretrained`, such as `revision`, `device_map` or `attn_implementation`.
-
-        Raises:
-            ValueError: no preset fits; the checkpoint lacks a key or has one that the preset does not know; a tag or
-                an answer is not one id.
-        """
-        if dtype is not None:
-            loading["dtype"] = dtype
-        if quantization_config is not None:
-            loading["quantization_config"] = quantization_config
-        source, config = whole_config(model, loading)
-        preset = resolve_preset(model, preset, config)
-        if preset.kind != cls.kind:
-            raise ValueError(f"'{model}' is of kind '{preset.kind}' (preset '{preset.name}'), not '{cls.kind}'.")
-        tokenizer = AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer
-        preset.rendering.check(tokenizer)
-        if weights_of is not None:
-            loaded, reference = weights_of.shared_weights(model, preset, reference)
-        elif preset.head is not None:
-            loaded = load_with_head(model, preset, config, loading)
-        else:
-            loaded = load_causal(model, preset, loading)
-        if isinstance(preset.reading, LogRatio):
-            reference = load_reference(reference, preset, loading)
-        if max_length is None:
-            max_length = length_limit(config) if preset.max_length is None else preset.max_length
-        scorer = make_scorer(loaded, preset, tokenizer, reference)
-        reward_model = cls(scorer, tokenizer, preset, model, max_length)
-        reward_model.batch_tokens = _BATCH_TOKENS if batch_tokens is None else batch_tokens
-        return reward_model
-
-    def shared_weights(self, model: str, preset: Preset, reference: Any) -> tuple[PreTrainedModel, Any]:
-        """This model's modules for another reward model from the same folder, and the reference that goes with it."""
-        if model != self.name or preset.head != self.preset.head:
-            raise ValueError(f"weights_of holds '{self.name}' with head {self.preset.head}, not what '{model}' needs.")
-        shares_reference = reference is None and isinstance(self.scorer, LogRatioScorer)
-        return cast(PreTrainedModel, self.scorer.model), self.scorer.reference if shares_reference else reference
-
-    def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
-        """Place the model as TRL places its own; from now on all processes run as many forwards as each other."""
-        self.accelerator = accelerator
-        self.scorer = accelerator.prepare_model(self.scorer, evaluation_mode=True, device_placement=True)
-        if batch_tokens is not None:
-            self.batch_tokens = batch_tokens
-
-    def _render(self, problem: str, steps: Sequence[str]) -> Rendered:
-        return self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
-
-    @torch.no_grad()
-    def _read(self, rendered: Sequence[Rendered]) -> list[list[float]]:
-        """Scores at the read positions of each solution, from forwards of at most `batch_tokens` tokens."""
-        wanted = [index for index, one in enumerate(rendered) if one.read_positions]
-        batches = token_batches([len(rendered[index].ids) for index in wanted], self.batch_tokens)
-        scores: list[list[float]] = [[] for _ in rendered]
-        forwards = len(batches)
-        device = next(self.scorer.parameters()).device
-        if self.accelerator is not None:
-            forwards = int(gather(self.accelerator, torch.tensor([forwards], device=device)).max())
-        for number in tqdm(range(forwards), desc=self.name, delay=_PROGRESS_AFTER_SECONDS, leave=False):
-            # Past the last batch, a single token keeps a sharded model's other processes from waiting for ever
-            rows = [wanted[index] for index in batches[number]] if number < len(batches) else []
-            batch = collate(
-                [rendered[row] for row in rows] or [Rendered([0], 0, [])], 0, self.preset.mask_reads, device
-            )
-            values = iter(self.scorer(batch).tolist())
-            for row in rows:
-                scores[row] = [next(values) for _ in rendered[row].read_positions]
-        return scores
 
 
 class ProcessRewardModel(RewardModel):
@@ -227,7 +49,7 @@ class ProcessRewardModel(RewardModel):
 
     def __init__(
         self,
-        scorer: nn.Module,
+        scorer: Scorer,
         tokenizer: Any,
         preset: Preset,
         name: str,
@@ -246,6 +68,10 @@ class ProcessRewardModel(RewardModel):
         if segmentation is not None:
             reward_model.segmentation = segmentation
         return reward_model
+
+    def fed(self) -> tuple[Any, ...]:
+        """[`RewardModel.fed`], and how completions are split."""
+        return *super().fed(), self.segmentation, self.policy_tokenizer
 
     def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
         """[`RewardModel.prepare`], and the policy's tokenizer unless one was given."""
@@ -303,7 +129,7 @@ class ProcessRewardModel(RewardModel):
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[StepRewards | None]:
-        """TRL's call of a reward function: scores on the policy's tokens, `None` for a completion without any."""
+        """TRL's call of a reward function: scores on the policy's tokens, `None` for steps that did not fit."""
         source = f"process reward model '{self.name}'"
         steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
         problems = [last_user_text(prompt) for prompt in prompts]
@@ -317,9 +143,9 @@ class ProcessRewardModel(RewardModel):
         Raises:
             ValueError: the corrupted step and those after it do not score lower, on average.
         """
-        good, bad = self.score_steps([_PROBLEM] * 2, [_GOOD_STEPS, _BAD_STEPS])
-        means = [fmean(math.nan if value is None else value for value in own[_CORRUPTED:]) for own in (good, bad)]
-        _check_order(self, means[0], means[1], f"{good} and {bad}")
+        good, bad = self.score_steps([PROBLEM] * 2, [GOOD_STEPS, BAD_STEPS])
+        means = [fmean(math.nan if value is None else value for value in own[CORRUPTED:]) for own in (good, bad)]
+        check_order(self, means[0], means[1], f"{good} and {bad}")
 
 
 class OutcomeRewardModel(RewardModel):
@@ -361,17 +187,20 @@ class OutcomeRewardModel(RewardModel):
         Raises:
             ValueError: the corrupted solution does not score lower.
         """
-        good, bad = self.score(_PROBLEM, ["\n\n".join(_GOOD_STEPS), "\n\n".join(_BAD_STEPS)])
-        _check_order(self, math.nan if good is None else good, math.nan if bad is None else bad, f"{good} and {bad}")
+        good, bad = self.score(PROBLEM, ["\n\n".join(GOOD_STEPS), "\n\n".join(BAD_STEPS)])
+        check_order(self, math.nan if good is None else good, math.nan if bad is None else bad, f"{good} and {bad}")
 
 
-def load_reward_model(model: str, preset: Preset, **options: Any) -> ProcessRewardModel | OutcomeRewardModel:
-    """[`RewardModel.from_pretrained`] of the class that is of the preset's kind."""
+def load_reward_model(
+    model: str, preset: Preset | str | None = None, **options: Any
+) -> ProcessRewardModel | OutcomeRewardModel:
+    """[`RewardModel.from_pretrained`] of the class that is of the preset's kind; by default that which fits."""
+    preset = resolve_preset(model, preset, find_source(model, options).config)
     kind = ProcessRewardModel if preset.kind == "process" else OutcomeRewardModel
     return kind.from_pretrained(model, preset=preset, **options)
 
 
-def open_reward_model(model: str, loading: dict[str, Any]) -> RewardModel | PreTrainedModel:
+def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any] = ()) -> RewardModel | str:
     """
     What a bare id or folder in `reward_funcs` stands for.
 
@@ -380,34 +209,49 @@ def open_reward_model(model: str, loading: dict[str, Any]) -> RewardModel | PreT
             Id on the Hub, or folder.
         loading (`dict[str, Any]`):
             Arguments of `from_pretrained`.
+        opened (`Sequence`, *optional*):
+            Sources that are open already; a reward model among them with the same backbone shares it.
 
     Returns:
         A [`ProcessRewardModel`] or an [`OutcomeRewardModel`] where a preset knows the model, else, and for plain
-        sequence classification, the model that TRL would load.
+        sequence classification, the id itself, for TRL to load.
 
     Raises:
         ValueError: the checkpoint has no classification head, so that one with random weights would judge.
     """
-    preset = find_preset(model, whole_config(model, loading)[1])
-    if preset is not None and preset.name != "sequence-classification":
-        # Presets never need remote code
-        known = {name: value for name, value in loading.items() if name != "trust_remote_code"}
-        return load_reward_model(model, preset, **known)
-    loading = {"num_labels": 1, "output_loading_info": True, **loading}
-    classifier, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(model, **loading))
+    # Presets never need remote code
+    known = {name: value for name, value in loading.items() if name != "trust_remote_code"}
+    source = find_source(model, known)
+    preset = find_preset(model, source.config)
+    if preset is None or preset.name == "sequence-classification":
+        _check_classifier(model, loading)
+        return model
+    if PartialState().distributed_type != DistributedType.NO:
+        # As TRL does for its own: "auto" spreads a model over the devices of other processes
+        known["device_map"] = None
+    for other in opened:
+        if isinstance(other, RewardModel) and other.holds(source.base, vocabulary=preset.head is None):
+            return load_reward_model(model, preset, weights_of=other, **source.where)
+    return load_reward_model(model, preset, **known)
+
+
+def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[Any]:
+    """The sources of `reward_funcs`, ids opened by [`open_reward_model`] and backbones loaded once."""
+    opened: list[Any] = []
+    for source in sources:
+        opened.append(open_reward_model(source, loading, opened) if isinstance(source, str) else source)
+    return opened
+
+
+def _check_classifier(model: str, loading: dict[str, Any]) -> None:
+    """Raise `ValueError` if TRL, loading the model, would draw some of its weights at random."""
+    # No weights are read for the meta device
+    loading = {**loading, "num_labels": 1, "output_loading_info": True, "device_map": "meta"}
+    with whole_on_every_process():
+        _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(model, **loading))
     if info["missing_keys"]:
         raise ValueError(
             f"reward_funcs: '{model}' fits no preset, and as a sequence classifier its weights "
             f"{', '.join(sorted(info['missing_keys']))} would be random. Load it with ProcessRewardModel or "
             "OutcomeRewardModel and a Preset that says how it is fed and read."
-        )
-    return classifier
-
-
-def _check_order(model: RewardModel, good: float, bad: float, shown: str) -> None:
-    # Also false for NaN
-    if not good > bad:
-        raise ValueError(
-            f"self_check of '{model.name}' (preset '{model.preset.name}'): a right and a corrupted solution score "
-            f"{shown}; the corrupted one must score lower. Is this the right preset, and the right checkpoint?"
         )

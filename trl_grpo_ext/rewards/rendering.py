@@ -90,6 +90,12 @@ def chat_frame(tokenizer: Any, roles: Sequence[str], system: str | None = None) 
     Raises:
         ValueError: the template drops or repeats a message.
     """
+    # The template, which may be replaced, is part of the key
+    return list(_chat_frame(tokenizer, str(tokenizer.chat_template), tuple(roles), system))
+
+
+@lru_cache(maxsize=16)
+def _chat_frame(tokenizer: Any, template: str, roles: tuple[str, ...], system: str | None) -> list[str]:
     marks = [_TEXT.format(number) for number in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     if system is not None:

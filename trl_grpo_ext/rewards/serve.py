@@ -21,7 +21,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from .loading import resolve_preset, whole_config
 from .models import load_reward_model
 from .presets import Preset
 from .protocols import OPENRLHF_PATH
@@ -157,11 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preset = options.preset
     if preset is not None and preset.endswith((".yaml", ".yml")):
         preset = Preset.from_yaml(preset)
-    _, config = whole_config(options.model, {})
-    preset = resolve_preset(options.model, preset, config)
     model = load_reward_model(options.model, preset, dtype=options.dtype)
     model.scorer.to(options.device)
-    app = create_app(model, preset.kind, reduce=preset.reduce, max_bytes=options.max_bytes)
+    app = create_app(model, model.preset.kind, reduce=model.preset.reduce, max_bytes=options.max_bytes)
     uvicorn.run(app, host=options.host, port=options.port)
 
 

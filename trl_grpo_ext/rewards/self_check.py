@@ -1,0 +1,28 @@
+"""Does a reward model tell a right from a corrupted solution? The two, and the comparison."""
+
+from typing import Any
+
+
+PROBLEM = "Tom has 3 bags with 4 apples each and eats 2 of the apples. How many apples are left?"
+GOOD_STEPS = (
+    "Step 1: There are 3 * 4 = 12 apples in the bags.",
+    "Step 2: Tom eats 2 of them, so 12 - 2 = 10 apples are left.",
+    "Step 3: The answer is \\boxed{10}.",
+)
+BAD_STEPS = (
+    "Step 1: There are 3 * 4 = 12 apples in the bags.",
+    "Step 2: Tom eats 2 of them, so 12 - 2 = 34 apples are left.",
+    "Step 3: The answer is \\boxed{34}.",
+)
+# The first step that differs
+CORRUPTED = 1
+
+
+def check_order(model: Any, good: float, bad: float, shown: str) -> None:
+    """Raise `ValueError`, naming the model and what it gave, unless `good` is above `bad`."""
+    # Also false for NaN
+    if not good > bad:
+        raise ValueError(
+            f"self_check of '{model.name}' (preset '{model.preset.name}'): a right and a corrupted solution score "
+            f"{shown}; the corrupted one must score lower. Is this the right preset, and the right checkpoint?"
+        )
