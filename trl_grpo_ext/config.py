@@ -53,7 +53,8 @@ class GRPOExtConfig(GRPOConfig):
             (min(r - 0.5, 0)) or `"clip:ETA"`, `"delta"` (r_k - r_{k+1}, last step 0), `"progress"` (r_k - r_{k-1}).
         outcome_gate (`list[str]`, *optional*):
             One per reward source: the name of the source that must be positive for this one's rewards to count, or
-            `"none"`. Where it is 0, negative or `None`, this source counts as not judging.
+            `"none"`. Where it is 0, negative or `None`, this source counts as not judging, which is worth 0: gate
+            rewards that are never negative.
         kl_estimator (`str`, *optional*, defaults to `"k3"`):
             KL of the policy to the reference in the loss, in nats: `"k3"` (TRL's), `"k1"`, `"k2"`, each from the one
             sampled token, or `"exact"`, the sum over the whole vocabulary. Anything but `"k3"` needs `beta` > 0.
