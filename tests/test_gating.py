@@ -134,7 +134,7 @@ def test_the_correlation_of_process_and_outcome_is_within_groups(seed):
     rewards_KNT = torch.full((2, 12, 5), nan, dtype=torch.float64)
     rewards_KNT[0, :, [0, 2, 4]] = torch.tensor(steps)
     rewards_KNT[1, :, 4] = torch.tensor(outcome)
-    ((name, value),) = outcome_correlations(["prm", "right"], rewards_KNT, 4)
+    ((name, value),) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 4)
     assert name == "rewards/prm/corr/right"
     process = np.array([np.nanmean(row) if not np.isnan(row).all() else nan for row in steps])
     assert value == pytest.approx(correlation(process, outcome, 4))
@@ -144,6 +144,15 @@ def test_a_correlation_needs_spread_within_a_group():
     rewards_KNT = torch.full((2, 6, 2), nan)
     rewards_KNT[0] = 0.1
     rewards_KNT[1, :, 1] = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
-    ((_, value),) = outcome_correlations(["prm", "right"], rewards_KNT, 3)
+    ((_, value),) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3)
     assert math.isnan(value)
-    assert outcome_correlations(["right"], rewards_KNT[1:], 3) == []
+    # Means of equal numbers, whose rounding is no spread either
+    rewards_KNT[0] = torch.tensor([0.1, 0.3])
+    assert math.isnan(outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3)[0][1])
+    assert outcome_correlations(["right"], rewards_KNT[1:], [False], 3) == []
+
+
+def test_a_process_source_stays_one_where_every_completion_is_one_step(tiny_model, tmp_path):
+    one_step = [StepRewards([0], [0.1 * row]) for row in range(8)]
+    trainer = train(tiny_model, [source("steps", one_step), source("right", RIGHT)], tmp_path, supervision="process")
+    assert abs(trainer.state.log_history[0]["rewards/steps/corr/right"]) > 0.1

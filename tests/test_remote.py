@@ -147,7 +147,7 @@ def test_a_completion_is_rewarded_at_the_last_tokens_of_its_scored_steps(real):
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     source = process(f"{real.url}/process", batch_size=2, policy_tokenizer=tokenizer, reduce="sum")
-    wrapped = wrap_source(source, "judge", "none", None, None, None)
+    wrapped = wrap_source(source, "judge", "none", None, None, tokenizer)
     assert isinstance(wrapped, AsyncRewardSource)
     chats = [[{"role": "user", "content": f"problem {number}"}] for number in range(len(texts))]
     sums = asyncio.run(wrapped(prompts=chats, completions=texts, completion_ids=ids, answer=["2"] * len(texts)))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -214,6 +215,20 @@ def test_a_head_alone_is_read_on_another_models_backbone(causal, tmp_path):
     assert_same(found, by_itself(tmp_path / "whole", LABELS))
     with pytest.raises(ValueError, match="weights_of holds .* but .*whole' has weights of its own beside its head"):
         load(tmp_path / "whole", LABELS, weights_of=base)
+
+
+def test_a_trailing_slash_or_a_path_names_the_same_folder(two_heads):
+    first = ProcessRewardModel.from_pretrained(Path(two_heads), preset=LABELS)
+    second = ProcessRewardModel.from_pretrained(f"{two_heads}/", preset=LABELS, weights_of=first)
+    assert second.scorer.backbone is first.scorer.backbone and second.__name__ != first.__name__
+
+
+def test_a_text_is_no_list_of_solutions_or_steps(two_heads):
+    model = ProcessRewardModel.from_pretrained(two_heads, preset=LABELS)
+    with pytest.raises(TypeError, match="solutions is a text, '1\\+1=2'"):
+        model.score("1+1", "1+1=2")
+    with pytest.raises(TypeError, match="solution 0 is a text, '1\\+1=2'"):
+        model.score_steps(["1+1"], ["1+1=2"])
 
 
 def test_weights_that_cannot_be_shared_are_refused(causal, reference, two_heads, tmp_path):

@@ -1,11 +1,13 @@
 """Reward models in `reward_funcs`: opened by their bare ids, prepared, mixed with functions, placed on tokens."""
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
 from tests.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer
 from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel
+from trl_grpo_ext.rewards.models import open_reward_model
 from trl_grpo_ext.rewards.segmentation import Segmentation
 
 
@@ -76,3 +78,32 @@ def test_a_model_whose_head_would_be_random_is_refused(tiny_model, tmp_path):
     causal = save_tiny_model(tmp_path / "causal", LlamaForCausalLM, LlamaConfig)
     with pytest.raises(ValueError, match="score.weight would be random"):
         make_trainer(GRPOExtTrainer, tiny_model, [causal], tmp_path)
+
+
+def test_an_adapter_counts_with_what_it_brings(tiny_model, tmp_path):
+    causal = save_tiny_model(tmp_path / "causal", LlamaForCausalLM, LlamaConfig)
+    for task, loader in (("CAUSAL_LM", LlamaForCausalLM), ("SEQ_CLS", LlamaForSequenceClassification)):
+        adapted = get_peft_model(
+            loader.from_pretrained(causal, **({"num_labels": 1} if task == "SEQ_CLS" else {})),
+            LoraConfig(task_type=task, target_modules=["q_proj"]),
+        )
+        adapted.save_pretrained(tmp_path / task)
+    with pytest.raises(ValueError, match="CAUSAL_LM' fits no preset.*score.weight would be random"):
+        make_trainer(GRPOExtTrainer, tiny_model, [str(tmp_path / "CAUSAL_LM")], tmp_path)
+    assert open_reward_model(str(tmp_path / "SEQ_CLS") + "/", {}) == str(tmp_path / "SEQ_CLS")
+
+
+def test_a_second_trainer_brings_its_own_policys_tokenizer(tiny_model, prm_folder, tmp_path):
+    model = ProcessRewardModel.from_pretrained(prm_folder, segmentation=Segmentation(by="newline"))
+    for _ in range(2):
+        rows = completions_in_lines()
+        trainer = make_trainer(
+            RecordingExtTrainer, tiny_model, [model], tmp_path, trainer_options={"rollout_func": rows}, max_steps=1
+        )
+        assert model.policy_tokenizer is trainer._tokenizer
+        trainer.train()
+
+
+def test_config_fields_in_model_init_kwargs_reach_reward_models(tiny_model, prm_folder, tmp_path):
+    trainer = make_trainer(GRPOExtTrainer, tiny_model, [prm_folder], tmp_path, model_init_kwargs={"use_cache": False})
+    assert trainer.reward_funcs[0].function.scorer.backbone.loaded.config.use_cache is False

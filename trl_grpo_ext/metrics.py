@@ -42,18 +42,21 @@ def step_metrics(names: Sequence[str], rewards_KNT: torch.Tensor, mask_NT: torch
     return metrics
 
 
-def outcome_correlations(names: Sequence[str], rewards_KNT: torch.Tensor, group_size: int) -> list[tuple[str, float]]:
+def outcome_correlations(
+    names: Sequence[str], rewards_KNT: torch.Tensor, process_K: Sequence[bool], group_size: int
+) -> list[tuple[str, float]]:
     """
     Pearson correlation, within groups, of each process source's mean step reward with each outcome source's reward.
 
-    Both are taken relative to the mean of their group, as advantages are. An outcome source gives no completion of the
-    batch more than one reward; every other source is a process source.
+    Both are taken relative to the mean of their group, as advantages are.
 
     Args:
         names (`Sequence[str]` of length K):
             Names of the sources.
         rewards_KNT (`torch.Tensor` of shape `(K, N, T)`):
             Rewards on loss tokens, NaN where there is none.
+        process_K (`Sequence[bool]` of length K):
+            Which sources reward steps or tokens; the others are outcome sources.
         group_size (`int`):
             Completions per prompt, in consecutive rows.
 
@@ -61,12 +64,10 @@ def outcome_correlations(names: Sequence[str], rewards_KNT: torch.Tensor, group_
         `list[tuple[str, float]]`: over the completions that both judge; NaN, which TRL's log leaves out, where one of
         the two has no spread in any group.
     """
-    counts_KN = (~rewards_KNT.isnan()).sum(-1)
-    scores_KN = rewards_KNT.nansum(-1) / counts_KN
-    process = (counts_KN.amax(1) > 1).tolist()
+    scores_KN = rewards_KNT.nanmean(-1)
     metrics = []
-    for k in (index for index, several in enumerate(process) if several):
-        for o in (index for index, several in enumerate(process) if not several):
+    for k in (index for index, is_process in enumerate(process_K) if is_process):
+        for o in (index for index, is_process in enumerate(process_K) if not is_process):
             both_N = ~(scores_KN[k] + scores_KN[o]).isnan()
             pair_2PG = scores_KN[[k, o]].where(both_N, math.nan).view(2, -1, group_size)
             deviations_2PG = pair_2PG - pair_2PG.nanmean(-1, keepdim=True)

@@ -113,7 +113,9 @@ class GRPOExtTrainer(GRPOTrainer):
                 moves=args.sync_ref_model,
                 logits_memory=args.logits_memory,
             )
+        # Of the batch that is being scored
         self._rewards_per_func = self._withheld = torch.empty(0)
+        self._gives_steps: list[bool] = []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint and self.args.sync_ref_model:
@@ -158,6 +160,7 @@ class GRPOExtTrainer(GRPOTrainer):
         counts = [s.count_steps() if isinstance(s, RewardSource) else (0, 0) for s in self.reward_funcs]
         summed = total(self.accelerator, torch.tensor(counts, dtype=torch.float, device=self.accelerator.device))
         self._record(unscored_shares(self.reward_func_names, summed))
+        self._gives_steps = [steps > 0 for _, steps in summed]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
@@ -226,7 +229,7 @@ class GRPOExtTrainer(GRPOTrainer):
         mask_NT = gather_tokens(self.accelerator, mask_BT.long(), 0).bool()
         rewards_KNT = gather_tokens(self.accelerator, rewards_BKT, torch.nan).transpose(0, 1).where(mask_NT, torch.nan)
         self._record(step_metrics(self.reward_func_names, rewards_KNT, mask_NT))
-        self._record(outcome_correlations(self.reward_func_names, rewards_KNT, self._group_size))
+        self._record(outcome_correlations(self.reward_func_names, rewards_KNT, self._gives_steps, self._group_size))
         self._record(unjudged_shares(self.reward_func_names, rewards_KNT.isnan().all(-1).T))
         return self._group_advantages(
             rewards_KNT.masked_fill(self._withheld.T.unsqueeze(-1), torch.nan),

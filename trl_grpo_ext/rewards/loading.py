@@ -1,6 +1,7 @@
 """Reward models from checkpoints: plain backbones, heads by data, no remote code, every key accounted for."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -59,12 +60,22 @@ def find_source(model: str, loading: dict[str, Any]) -> Source:
     """Where a model comes from: whether it is an adapter, of what, and the config."""
     where = {name: value for name, value in loading.items() if name in _WHERE}
     how = {name: value for name, value in loading.items() if name not in _WHERE}
+    # A folder is known by its last part, and by its name whether two are the same
+    model = os.fspath(model).rstrip("/")
     base, base_where = model, where
     if find_adapter_config_file(model, **where) is not None:
         adapter = PeftConfig.from_pretrained(model, **where)
-        base = cast(str, adapter.base_model_name_or_path)
+        base = cast(str, adapter.base_model_name_or_path).rstrip("/")
         base_where = {**where, "revision": adapter.revision}
     return Source(model, where, base, base_where, how, AutoConfig.from_pretrained(base, **base_where))
+
+
+def adapter_keys(source: Source) -> set[str]:
+    """Weights of its base that an adapter brings whole, such as a head's; none for a model that is no adapter."""
+    if source.model == source.base:
+        return set()
+    weights = load_peft_weights(source.model, device="cpu", **source.where)
+    return {key.removeprefix(_ADAPTED) for key in weights}
 
 
 @contextmanager
@@ -129,7 +140,7 @@ def _load_backbone(source: Source, preset: Preset, head_keys: set[str] | None, o
     loading = {**source.how, **source.base_where, "output_loading_info": True, "trust_remote_code": False}
     causal = preset.head is None
     loader = AutoModelForCausalLM if causal else AutoModel
-    model, info = cast(Any, loader.from_pretrained(source.base, config=source.config, **loading))
+    model, info = cast(Any, loader.from_pretrained(source.base, **loading))
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if not causal:
         missing = {f"{model.base_model_prefix}.{key}" for key in missing}

@@ -10,11 +10,11 @@ from transformers import AutoModelForSequenceClassification
 from typing_extensions import Self
 
 from .alignment import align_tokens
-from .loading import find_source, resolve_preset, whole_on_every_process
+from .loading import Source, adapter_keys, find_source, resolve_preset, whole_on_every_process
 from .policy_text import assistant_text, last_user_text, policy_steps, step_rewards
 from .presets import Preset, find_preset
 from .rendering import encode_text
-from .reward_model import RewardModel
+from .reward_model import RewardModel, check_solutions
 from .scorers import Scorer
 from .segmentation import Segmentation, segment, split_text
 from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
@@ -74,10 +74,9 @@ class ProcessRewardModel(RewardModel):
         return *super().fed(), self.segmentation, self.policy_tokenizer
 
     def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
-        """[`RewardModel.prepare`], and the policy's tokenizer unless one was given."""
+        """[`RewardModel.prepare`], and the tokenizer of the policy whose `completion_ids` will come."""
         super().prepare(accelerator, policy_tokenizer, batch_tokens)
-        if self.policy_tokenizer is None:
-            self.policy_tokenizer = policy_tokenizer
+        self.policy_tokenizer = policy_tokenizer
 
     def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[list[float | None]]:
         """
@@ -94,11 +93,14 @@ class ProcessRewardModel(RewardModel):
             `max_length`, which are the last ones.
 
         Raises:
+            TypeError: a text where a list of steps belongs.
             ValueError: an empty step, or as many problems as solutions are not given.
         """
         if len(problems) != len(steps):
             raise ValueError(f"{len(problems)} problems for {len(steps)} solutions.")
         for index, own in enumerate(steps):
+            if isinstance(own, str):
+                raise TypeError(f"solution {index} is a text, {own!r}; give its steps as a list, or use `score`.")
             if not all(step.strip() for step in own):
                 raise ValueError(
                     f"solution {index}: step {[bool(step.strip()) for step in own].index(False)} is empty."
@@ -119,6 +121,7 @@ class ProcessRewardModel(RewardModel):
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[list[float | None]]:
         """Scores of the steps of solutions to one problem, `None` where unscored."""
+        check_solutions(solutions)
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
     def __call__(
@@ -173,6 +176,7 @@ class OutcomeRewardModel(RewardModel):
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[float | None]:
         """One number for each solution to one problem."""
+        check_solutions(solutions)
         return self.score_batch([problem] * len(solutions), solutions)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -224,8 +228,8 @@ def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any]
     source = find_source(model, known)
     preset = find_preset(model, source.config)
     if preset is None or preset.name == "sequence-classification":
-        _check_classifier(model, loading)
-        return model
+        _check_classifier(source, loading)
+        return source.model
     if PartialState().distributed_type != DistributedType.NO:
         # As TRL does for its own: "auto" spreads a model over the devices of other processes
         known["device_map"] = None
@@ -243,15 +247,16 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
     return opened
 
 
-def _check_classifier(model: str, loading: dict[str, Any]) -> None:
+def _check_classifier(source: Source, loading: dict[str, Any]) -> None:
     """Raise `ValueError` if TRL, loading the model, would draw some of its weights at random."""
     # No weights are read for the meta device
-    loading = {**loading, "num_labels": 1, "output_loading_info": True, "device_map": "meta"}
+    loading = {**loading, **source.base_where, "num_labels": 1, "output_loading_info": True, "device_map": "meta"}
     with whole_on_every_process():
-        _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(model, **loading))
-    if info["missing_keys"]:
+        _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(source.base, **loading))
+    missing = set(info["missing_keys"]) - adapter_keys(source)
+    if missing:
         raise ValueError(
-            f"reward_funcs: '{model}' fits no preset, and as a sequence classifier its weights "
-            f"{', '.join(sorted(info['missing_keys']))} would be random. Load it with ProcessRewardModel or "
+            f"reward_funcs: '{source.model}' fits no preset, and as a sequence classifier its weights "
+            f"{', '.join(sorted(missing))} would be random. Load it with ProcessRewardModel or "
             "OutcomeRewardModel and a Preset that says how it is fed and read."
         )

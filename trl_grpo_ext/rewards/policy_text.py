@@ -23,7 +23,7 @@ def assistant_text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     return "\n\n".join(
-        message["content"] for message in completion if message["role"] == "assistant" and message["content"]
+        message["content"] for message in completion if message["role"] == "assistant" and message.get("content")
     )
 
 

@@ -51,6 +51,8 @@ class RemoteRewardModel:
             Where the server is, such as `"http://127.0.0.1:8000"`; the protocol's path is appended.
         protocol (`str`, *optional*, defaults to `"openrlhf"`):
             `"openrlhf"`, which [`~trl_grpo_ext.rewards.serve`] speaks, or `"vllm"`.
+        name (`str`, *optional*):
+            Its name in logs, errors and `outcome_gate`; that of the class by default.
         on_failure (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops the training; `"none"` logs a warning and leaves the request's completions unjudged.
         concurrency (`int`, *optional*, defaults to `8`):
@@ -81,6 +83,7 @@ class RemoteRewardModel:
 
     url: str = field(kw_only=False)
     protocol: str = "openrlhf"
+    name: str | None = None
     on_failure: str = "raise"
     concurrency: int = 8
     timeout: float = 120.0
@@ -94,6 +97,8 @@ class RemoteRewardModel:
     max_length: int | None = None
 
     def __post_init__(self):
+        # Read by TRL for its logs
+        self.__name__ = self.name or type(self).__name__
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} does not start with http:// or https://.")
         if self.protocol not in ("openrlhf", "vllm"):
@@ -214,9 +219,8 @@ class RemoteProcessRewardModel(RemoteRewardModel):
             raise ValueError("a process reward model on vLLM needs rendering and tokenizer, which place its steps.")
 
     def prepare(self, accelerator: Any, policy_tokenizer: Any, batch_tokens: int | None) -> None:
-        """Take the policy's tokenizer from the trainer, unless one was given."""
-        if self.policy_tokenizer is None:
-            self.policy_tokenizer = policy_tokenizer
+        """Take the tokenizer of the policy whose `completion_ids` will come."""
+        self.policy_tokenizer = policy_tokenizer
 
     async def __call__(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any

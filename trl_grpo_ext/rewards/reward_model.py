@@ -43,7 +43,7 @@ class RewardModel:
         self.preset = preset
         self.name = name
         # Read by TRL for its logs
-        self.__name__ = name.rstrip("/").split("/")[-1]
+        self.__name__ = name.split("/")[-1]
         self.reduce = preset.reduce
         self.max_length = max_length
         self.batch_tokens = _BATCH_TOKENS
@@ -72,7 +72,7 @@ class RewardModel:
         Load a reward model without remote code, every key of its head checked.
 
         Args:
-            model (`str`):
+            model (`str` or `os.PathLike`):
                 Id on the Hub, or folder.
             preset ([`Preset`] or `str`, *optional*):
                 How it is fed and read, or the name of one of `PRESETS`; found from id and config by default.
@@ -108,6 +108,7 @@ class RewardModel:
         if quantization_config is not None:
             loading["quantization_config"] = quantization_config
         source = find_source(model, loading)
+        model = source.model
         preset = resolve_preset(model, preset, source.config)
         if preset.kind != cls.kind:
             raise ValueError(f"'{model}' is of kind '{preset.kind}' (preset '{preset.name}'), not '{cls.kind}'.")
@@ -188,6 +189,12 @@ class RewardModel:
                     for row in rows:
                         own[row] = [next(values) for _ in rendered[row].read_positions]
         return scores
+
+
+def check_solutions(solutions: Sequence[str]) -> None:
+    """Raise `TypeError` for a single text, whose letters would be taken for solutions."""
+    if isinstance(solutions, str):
+        raise TypeError(f"solutions is a text, {solutions!r}; give a list of solutions.")
 
 
 _Key = tuple[tuple[int, ...], int, tuple[int, ...]]
