@@ -237,6 +237,18 @@ def test_what_was_not_expected_is_made_good(train_head, case):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_loss_that_is_not_finite_is_not_hidden_by_what_was_expected(bad, everywhere):
+    p = problem(7, 6, 50)
+    p.hidden.requires_grad_()
+    stats = fused(p, expected=expecting(p))
+    p.mix[2, slice(None) if everywhere else 3] = bad
+    (gradient,) = gradients(stats, p, [p.hidden])
+    rows = range(7) if everywhere else [3]
+    assert not any(gradient[row].isfinite().all() for row in rows)
+
+
 def test_a_graph_can_be_gone_through_twice():
     p = problem(5, 4, 30)
     for expected in (None, expecting(p)):

@@ -19,6 +19,8 @@ PURE = [
     "advantages.py",
     "aggregation.py",
     "fused_head.py",
+    "head_chunks.py",
+    "head_gradients.py",
     "logit_tiles.py",
     "importance.py",
     "kl.py",

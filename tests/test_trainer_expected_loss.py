@@ -23,13 +23,13 @@ def outcome(completion_ids, **columns):
 def second_passes(monkeypatch):
     """Numbers of tokens that went through the head a second time."""
     counts = []
-    add_second_pass = fused_head._add_second_pass
+    add_second_pass = fused_head.add_second_pass
 
     def counting(gradients, policy, reference, targets, rows, loss):
         counts.append(len(targets))
         add_second_pass(gradients, policy, reference, targets, rows, loss)
 
-    monkeypatch.setattr(fused_head, "_add_second_pass", counting)
+    monkeypatch.setattr(fused_head, "add_second_pass", counting)
     return counts
 
 
