@@ -7,6 +7,7 @@ Reward servers for the tests of the remote client, each a process: `python -m te
 import asyncio
 import collections
 import json
+import math
 import os
 import signal
 import sys
@@ -34,6 +35,10 @@ class Scorer:
             time.sleep(60)
         if text == "break":
             raise RuntimeError("the model broke")
+        if text == "unreadable":
+            raise ValueError(f"step {k} of {problem!r} cannot be rendered")
+        if text == "nan":
+            return math.nan
         return None if UNSCORED in text else zlib.crc32(f"{problem}|{k}|{text}".encode()) / 2**32
 
 

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from tests.training import RecordingExtTrainer, fixed_completions, make_trainer
+from tests.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer
 from trl_grpo_ext import StepRewards
-from trl_grpo_ext.metrics import outcome_correlations, step_metrics
+from trl_grpo_ext.metrics import outcome_correlations, step_metrics, withheld_shares
 from trl_grpo_ext.rewards.gating import gate_indices
 
 
@@ -64,6 +65,13 @@ def test_a_gate_is_as_if_the_source_did_not_judge_where_the_outcome_is_not_posit
     assert "rewards/steps/withheld" not in without
     ungated = train(tiny_model, sources, tmp_path, **options)
     assert not torch.equal(gated.batches[0]["advantages"], ungated.batches[0]["advantages"])
+
+
+def test_withheld_is_a_share_of_the_completions_that_a_source_judges():
+    rewards_NK = torch.tensor([[0.5, 1.0], [nan, -1.0], [0.2, -1.0], [0.3, 1.0], [nan, 1.0]])
+    withheld_NK = torch.tensor([[False, False], [True, False], [True, False], [False, False], [False, False]])
+    shares = dict(withheld_shares(["steps", "right"], rewards_NK, withheld_NK))
+    assert shares == {"rewards/steps/withheld": pytest.approx(1 / 3), "rewards/right/withheld": 0.0}
 
 
 def test_a_gate_sees_transformed_rewards(tiny_model, tmp_path):
@@ -138,6 +146,29 @@ def test_the_correlation_of_process_and_outcome_is_within_groups(seed):
     assert name == "rewards/prm/corr/right"
     process = np.array([np.nanmean(row) if not np.isnan(row).all() else nan for row in steps])
     assert value == pytest.approx(correlation(process, outcome, 4))
+
+
+def test_in_evaluation_the_correlation_is_within_groups_of_evaluation(tiny_model, tmp_path):
+    steps = [StepRewards([0, length - 1], [math.sin(row), 0.1 * row]) for row, length in enumerate(LENGTHS)]
+    trainer = make_trainer(
+        RecordingExtTrainer,
+        tiny_model,
+        [source("steps", steps), source("right", RIGHT)],
+        tmp_path,
+        trainer_options={
+            "rollout_func": fixed_completions(LENGTHS),
+            "eval_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        },
+        supervision="process",
+        num_generations_eval=2,
+        per_device_eval_batch_size=8,
+    )
+    trainer.evaluate()
+    process = np.array([np.mean(own.values) for own in steps])
+    outcome = np.array([nan if right is None else right for right in RIGHT])
+    expected = correlation(process, outcome, 2)
+    assert abs(expected - correlation(process, outcome, 4)) > 0.1
+    assert trainer.state.log_history[-1]["eval_rewards/steps/corr/right"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_correlation_needs_spread_within_a_group():

@@ -8,12 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast
@@ -22,10 +27,12 @@ from tests.reward_servers import SPOILED, UNSCORED, Scorer
 from tests.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.rewards.models import ProcessRewardModel
+from trl_grpo_ext.rewards.presets import Preset
 from trl_grpo_ext.rewards.protocols import RewardServerError, openrlhf_steps, vllm_steps
 from trl_grpo_ext.rewards.remote import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from trl_grpo_ext.rewards.rendering import Tagged
 from trl_grpo_ext.rewards.segmentation import Segmentation
+from trl_grpo_ext.rewards.serve import _read_body, create_app, main
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
 
 
@@ -226,9 +233,97 @@ def test_other_methods_and_paths_are_refused_and_good_requests_served(real):
 
 
 def test_a_model_that_breaks_is_a_5xx_and_the_server_goes_on(real):
-    with pytest.raises(RewardServerError, match=r"/process/get_reward, 1 completion\(s\): status 500.*2 attempts"):
+    reason = r"/process/get_reward, 1 completion\(s\): status 500: .*RuntimeError: the model broke.*2 attempts"
+    with pytest.raises(RewardServerError, match=reason):
         scored(process(f"{real.url}/process", retries=1), ["p"], [["break"]])
     assert scored(process(f"{real.url}/process")) == Scorer().score_steps(PROBLEMS, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [("unreadable", r"step 1 of 'q' cannot be rendered"), ("nan", r"`step_scores\[1\]\[1\]` is nan")],
+)
+def test_what_the_model_cannot_score_is_not_sent_again_and_the_client_sees_why(real, step, reason):
+    source = process(f"{real.url}/process", backoff=30.0)
+    with pytest.raises(RewardServerError, match=rf"status 422: {{\"error\":\"{reason}"):
+        scored(source, ["p", "q"], [["a", "b"], ["c", step]])
+
+
+def answered(app, body, raises=False):
+    """The application's answer to a body, without a server; `raises`: what it raises is not caught here."""
+
+    async def post():
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=raises)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post("/get_reward", content=content)
+
+    return asyncio.run(post())
+
+
+class Fixed:
+    """A model that answers every request with the same scores."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score_steps(self, problems, answers):
+        return self.scores
+
+    score_batch = score_steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores", "name"),
+    [
+        ("outcome", [0.5, float("inf")], "rewards[1]"),
+        ("process", [[None, float("-inf")]], "step_scores[0][1]"),
+        ("process", [[0.5], [3e38, 3e38]], "rewards[1]"),
+    ],
+)
+def test_a_score_that_json_or_float32_cannot_hold_is_named(kind, scores, name):
+    response = answered(create_app(Fixed(scores), kind, reduce="sum"), GOOD)
+    assert response.status_code == 422 and f"`{name}` is " in response.json()["error"]
+
+
+def test_what_breaks_is_raised_to_the_server_for_its_log():
+    body = {**GOOD, "steps": [["break"]]}
+    with pytest.raises(RuntimeError, match="the model broke"):
+        answered(create_app(Scorer(), "process"), body, raises=True)
+    response = answered(create_app(Scorer(), "process"), body)
+    assert (response.status_code, response.json()) == (500, {"error": "RuntimeError: the model broke"})
+
+
+def receiving(messages):
+    """What an application receives, in turn."""
+    waiting = iter(messages)
+
+    async def receive():
+        return next(waiting)
+
+    return receive
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server():
+    scope = {"type": "http", "method": "POST", "path": "/get_reward", "headers": [], "query_string": b""}
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def send(message):
+        pass
+
+    asyncio.run(create_app(Scorer(), "process")(scope, receiving(messages), send))
+
+
+def test_of_a_body_that_is_too_large_no_more_is_held_than_of_one_that_is_not():
+    limit, chunk = 2**20, bytes(2**20)
+    messages = ({"type": "http.request", "body": chunk, "more_body": number < 63} for number in range(64))
+    tracemalloc.start()
+    try:
+        with pytest.raises(HTTPException, match=f"the body has {64 * limit} bytes; this server takes {limit}"):
+            asyncio.run(_read_body(Request({"type": "http"}, receiving(messages)), limit))
+        assert tracemalloc.get_traced_memory()[1] < 8 * limit
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_request_that_is_too_large_is_not_sent_again_and_costs_only_its_completions(real, caplog):
@@ -254,6 +349,44 @@ def test_the_command_serves_a_real_model_on_loopback(tmp_path):
         # A server on all addresses would answer here too
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.2:{server.port}/health")
+
+
+def test_the_command_reads_its_options(tmp_path, monkeypatch):
+    # By its name, the folder would be of another preset, which cannot read it
+    folder = save_tiny_model(tmp_path / "Math-psa", LlamaForTokenClassification)
+    own = {
+        "name": "own",
+        "kind": "process",
+        "rendering": {"type": "Tagged", "tag": ";"},
+        "reading": {"type": "LabelSoftmax", "indices": [0]},
+        "head": {"type": "LinearHead", "name": "score", "outputs": 2},
+        "reduce": "sum",
+    }
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(own))
+    started = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: started.update(app=app, **options))
+    body = json.dumps({**GOOD, "steps": [["2", "so 2"]]}).encode()
+
+    def expected(preset, dtype):
+        model = ProcessRewardModel.from_pretrained(folder, preset=preset, dtype=dtype)
+        return model.score_steps(["p"], [["2", "so 2"]])
+
+    command = [folder, "--device", "cpu"]
+    main([*command, "--preset", "trl-prm"])
+    assert (started["host"], started["port"]) == ("127.0.0.1", 8000)
+    by_name = answered(started["app"], body).json()
+    assert by_name["step_scores"] == expected("trl-prm", "float32")
+    assert by_name["rewards"] == [min(by_name["step_scores"][0])]
+
+    options = ["--dtype", "bfloat16", "--max-bytes", str(len(body)), "--host", "127.0.0.2", "--port", "8001"]
+    main([*command, "--preset", str(file), *options])
+    assert (started["host"], started["port"]) == ("127.0.0.2", 8001)
+    from_file = answered(started["app"], body).json()
+    assert from_file["step_scores"] == expected(Preset.from_yaml(file), "bfloat16")
+    assert from_file["step_scores"] != expected(Preset.from_yaml(file), "float32")
+    assert from_file["rewards"] == [pytest.approx(sum(from_file["step_scores"][0]))]
+    assert answered(started["app"], body + b" ").status_code == 413
 
 
 # ---------------------------------------------------------------------------------------------------------------------

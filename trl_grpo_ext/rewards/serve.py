@@ -4,6 +4,8 @@ A server for reward models, by OpenRLHF's protocol extended by steps: `python -m
 `POST /get_reward` takes `{"query": [...], "prompts": [...], "labels": [...], "steps": [[...], ...]}`, where `query` is
 each prompt followed by its completion, and answers `{"rewards": [...], "scores": [...], "step_scores": [[...], ...]}`.
 A process reward model needs `steps` and adds `step_scores`, null where it left a step unscored. `labels` are not read.
+Every other status has `{"error": ...}`: 4xx what is wrong with the request, where sending it again would not help, 5xx
+what broke in the server.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -25,6 +27,7 @@ from .models import load_reward_model
 from .presets import Preset
 from .protocols import OPENRLHF_PATH
 from .sources import REDUCTIONS
+from .types import check_finite
 
 
 KINDS = ("process", "outcome")
@@ -80,19 +83,32 @@ def read_request(body: bytes, kind: str) -> tuple[list[str], list[Any]]:
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     """The body, of which never more than `max_bytes` are held."""
     body, size = bytearray(), 0
-    # To the end, also of what is too large: a client cut off while it sends would not see why
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= max_bytes:
-            body += chunk
+    try:
+        # To the end, also of what is too large: a client cut off while it sends would not see why
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= max_bytes:
+                body += chunk
+    except ClientDisconnect:
+        # Nobody is left to read this, but the server's log would take anything else for an error of its own
+        raise HTTPException(400, f"the client left after {size} bytes.") from None
     if size > max_bytes:
         raise HTTPException(413, f"the body has {size} bytes; this server takes {max_bytes}.")
     return bytes(body)
 
 
-def _process_answer(step_scores: list[list[float | None]], reduce: str) -> dict[str, Any]:
-    scored = [[score for score in scores if score is not None] for scores in step_scores]
-    rewards = [REDUCTIONS[reduce](scores) if scores else None for scores in scored]
+def _finite(scores: Sequence[float | None], name: str) -> list[float | None]:
+    return [None if s is None else check_finite(s, f"`{name}[{index}]`") for index, s in enumerate(scores)]
+
+
+def _answer(scores: list[Any], kind: str, reduce: str) -> dict[str, Any]:
+    """What is answered; `ValueError` names the score that is NaN or infinite, which JSON does not have."""
+    if kind == "outcome":
+        rewards = _finite(scores, "rewards")
+        return {"rewards": rewards, "scores": rewards}
+    step_scores = [_finite(own, f"step_scores[{index}]") for index, own in enumerate(scores)]
+    scored = [[score for score in own if score is not None] for own in step_scores]
+    rewards = _finite([REDUCTIONS[reduce](own) if own else None for own in scored], "rewards")
     return {"rewards": rewards, "scores": rewards, "step_scores": step_scores}
 
 
@@ -103,7 +119,8 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
     Args:
         model (`Any`):
             Has `score_steps(problems, steps)` (`kind="process"`) or `score_batch(problems, solutions)` (`"outcome"`).
-            It is called in a thread, one request at a time.
+            It is called in a thread, one request at a time. Its `ValueError`, and a score that is not finite, is
+            answered with status 422, any other exception with 500.
         kind (`str`):
             `"process"` or `"outcome"`.
         reduce (`str`, *optional*, defaults to `"min"`):
@@ -117,16 +134,17 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
     if kind not in KINDS or reduce not in REDUCTIONS:
         raise ValueError(f"kind {kind!r} is not in {KINDS}, or reduce {reduce!r} not in {tuple(REDUCTIONS)}.")
     busy = asyncio.Lock()
+    score = model.score_steps if kind == "process" else model.score_batch
 
     async def get_reward(request: Request) -> JSONResponse:
         problems, answers = read_request(await _read_body(request, max_bytes), kind)
-        async with busy:
-            scores = await run_in_threadpool(
-                model.score_steps if kind == "process" else model.score_batch, problems, answers
-            )
-        return JSONResponse(
-            _process_answer(scores, reduce) if kind == "process" else {"rewards": scores, "scores": scores}
-        )
+        try:
+            async with busy:
+                scores = await run_in_threadpool(score, problems, answers)
+            return JSONResponse(_answer(scores, kind, reduce))
+        except ValueError as error:
+            # Not 5xx, which clients send again
+            raise HTTPException(422, str(error)) from error
 
     async def health(request: Request) -> JSONResponse:
         return JSONResponse({"kind": kind})
@@ -134,8 +152,12 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
     async def refuse(request: Request, error: Any) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        # Starlette raises the error again, so that the server logs its traceback
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
+
     routes = [Route(OPENRLHF_PATH, get_reward, methods=["POST"]), Route("/health", health)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse, Exception: fail})
 
 
 def _parser() -> argparse.ArgumentParser:
