@@ -31,7 +31,8 @@ PURE = [
     "rewards/types.py",
 ]
 MAY_USE_UPSTREAM = [
-    *("config.py", "policy_forward.py", "reference.py", "trainer.py"),
+    *("adapter_reference.py", "checkpointed_trainer.py", "config.py", "policy_forward.py", "reference.py"),
+    *("sharding.py", "trainer.py"),
     *("rewards/backbone.py", "rewards/sources.py"),
 ]
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common

@@ -915,14 +915,7 @@ class DenseDivergence(TrainerCallback):
         self.values.append(total / sum(map(sum, ROWS.env_mask)))
 
 
-@pytest.mark.parametrize(
-    "sync",
-    [
-        {},
-        {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1},
-    ],
-)
-def test_a_batch_keeps_the_reference_that_it_was_generated_with(tiny_model, tmp_path, sync):
+def test_a_batch_keeps_its_reference(tiny_model, tmp_path):
     dense = DenseDivergence(moved_policy(tiny_model, distance=0.0))
     trainer = trained(
         tiny_model,
@@ -932,7 +925,6 @@ def test_a_batch_keeps_the_reference_that_it_was_generated_with(tiny_model, tmp_
         num_iterations=3,
         max_steps=3,
         learning_rate=3.0,
-        **sync,
         **PROCESS,
         **EXACT,
     )

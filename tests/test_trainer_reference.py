@@ -75,14 +75,6 @@ def test_adapters_that_change_the_base_are_refused(tiny_model, tmp_path, options
     make(0.0)
 
 
-def test_resuming_with_a_moving_reference_is_refused(tiny_model, tmp_path):
-    options = {"beta": 0.1, "sync_ref_model": True, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    make_trainer(GRPOExtTrainer, tiny_model, answer_length, tmp_path, **options).train()
-    trainer = make_trainer(GRPOExtTrainer, tiny_model, answer_length, tmp_path, **options)
-    with pytest.raises(ValueError, match="checkpoints do not hold it"):
-        trainer.train(resume_from_checkpoint=True)
-
-
 def test_the_reference_is_freed_with_the_trainer(tiny_model, tmp_path):
     model = base(tiny_model)
     model.name_or_path = tiny_model

@@ -10,6 +10,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import trl
+from trl import SyncRefModelCallback
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -19,6 +20,7 @@ from trl.trainer.utils import (
     get_config_model_id,
     is_async_callable,
     maybe_gather_lm_head_ctx,
+    use_adapter,
 )
 
 
@@ -28,11 +30,13 @@ __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "HeadSettings",
+    "SyncRefModelCallback",
     "get_config_model_id",
     "head_settings",
     "is_async_callable",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
+    "use_adapter",
 ]
 
 # The constant that TRL adds to the standard deviation of rewards
@@ -45,6 +49,8 @@ _PARAMETERS = {
     "_generate_and_score_completions": ["inputs"],
     "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep", ...],
     "_compute_loss": ["model", "inputs"],
+    "_prepare_inputs": ["generation_batch"],
+    "_save_checkpoint": ["model", "trial"],
 }
 
 # Attributes that a method has to read or set for our overrides to mean what they say
@@ -88,6 +94,7 @@ _ATTRIBUTES = {
         "epsilon_high",
     },
     "_calculate_rewards": {"reward_funcs"},
+    "_prepare_inputs": {"_buffered_inputs", "_step"},
 }
 
 # Constants of a method: names of adapters, keys of the batch and keyword arguments of the fused forward
@@ -116,7 +123,15 @@ _CONSTANTS: dict[str, set[Any]] = {
 }
 
 # Called functions and their parameters
-_FUNCTIONS = {"prepare_deepspeed": (prepare_deepspeed, ["model", "accelerator"])}
+_FUNCTIONS = {
+    "prepare_deepspeed": (prepare_deepspeed, ["model", "accelerator"]),
+    "use_adapter": (use_adapter, ["model", "adapter_name"]),
+    "SyncRefModelCallback": (SyncRefModelCallback, ["ref_model", "accelerator"]),
+    "SyncRefModelCallback.sync_target_model": (
+        SyncRefModelCallback.sync_target_model,
+        ["model", "target_model", "alpha"],
+    ),
+}
 
 # Variables of `add_fused_lm_head` that its patched forward closes over
 _HEAD_VARIABLES = {

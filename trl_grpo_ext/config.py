@@ -152,6 +152,7 @@ class GRPOExtConfig(GRPOConfig):
             parse_transform(name)
         self.outcome_gate = _as_list(self.outcome_gate)
         _check_process(self)
+        _check_sync(self)
         _check_kl(self)
 
     @property
@@ -229,6 +230,18 @@ def _check_process(config: GRPOExtConfig) -> None:
             f"before they are discounted, so it takes one gamma; got {config.gamma}. Use one gamma, or "
             "multi_objective_aggregation='normalize_then_sum'."
         )
+
+
+def _check_sync(config: GRPOExtConfig) -> None:
+    if not config.sync_ref_model:
+        return
+    if config.beta == 0.0:
+        raise ValueError("sync_ref_model=True has no reference to move with beta=0. Set beta > 0, or leave it out.")
+    alpha, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+    if not (_is_number(alpha) and 0 < alpha <= 1):
+        raise ValueError(f"ref_model_mixup_alpha must be a number in (0, 1]; got {alpha!r}.")
+    if not (isinstance(steps, int) and steps > 0):
+        raise ValueError(f"ref_model_sync_steps must be an integer, 1 or larger; got {steps!r}.")
 
 
 def _check_kl(config: GRPOExtConfig) -> None:

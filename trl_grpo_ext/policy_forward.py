@@ -7,6 +7,7 @@ that same call, from the same backbone pass, so that DDP, FSDP and DeepSpeed see
 
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,41 +45,23 @@ class ExactKLOutput(FusedCausalLMOutput):
     hidden_states: torch.Tensor | None = None
 
 
-class ReferenceHead:
-    """
-    The head of the reference as it was when a batch was generated; under LoRA it is the policy's own.
-
-    Batches of training and of evaluation can be in use at once, so each has its own.
-    """
-
-    def __init__(self, policy: nn.Module):
-        self.policy = policy
-        self._modules: dict[bool, nn.Linear] = {}
-
-    @property
-    def module(self) -> nn.Linear:
-        return self._modules[self.policy.training]
-
-    @module.setter
-    def module(self, module: nn.Linear) -> None:
-        self._modules[self.policy.training] = module
-
-
-def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: ReferenceHead, memory: int) -> None:
+def add_exact_kl(
+    model: PreTrainedModel, settings: HeadSettings, reference_head: weakref.ref[nn.Linear], memory: int
+) -> None:
     """
     Let `model`, which TRL gave a fused head, take part in the exact KL.
 
-    `model(..., labels=..., keep_hidden_states=True)` is a pass of the reference: it runs the backbone only and notes
-    the head in `reference`. `model(..., labels=..., ref_hidden_states=..., expected_loss=...)` is a pass of the policy
-    and returns [`ExactKLOutput`]. Any other call is the model's own.
+    `model(..., labels=..., keep_hidden_states=True)` is a pass of the reference and runs the backbone only.
+    `model(..., labels=..., ref_hidden_states=..., expected_loss=...)` is a pass of the policy and returns
+    [`ExactKLOutput`]. Any other call is the model's own.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal language model under any PEFT, DDP, FSDP or DeepSpeed wrapper.
         settings (`HeadSettings`):
             How hidden states become logits, as TRL resolved it.
-        reference (`ReferenceHead`):
-            Shared by the policy and the reference.
+        reference_head (`weakref.ref` of `nn.Linear`):
+            The reference's LM head; weak, since the model outlives the trainer.
         memory (`int`):
             Bytes for tiles of logits.
     """
@@ -93,9 +76,7 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
         kwargs.pop("fused_lm_head")
         outputs = self.base_model(*args, use_cache=False, **kwargs)
         hidden_states = outputs.last_hidden_state[:, :-1]
-        head = _leaf_head(self)
         if keep_hidden_states:
-            reference.module = head
             return ExactKLOutput(
                 log_probs=hidden_states.new_full(labels.shape, torch.nan), hidden_states=hidden_states
             )
@@ -103,10 +84,10 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
         tokens = slice(-ref_BTH.size(1), None)
         output = _token_stats(
             hidden_states[:, tokens],
-            head,
+            leaf_head(self),
             labels[:, tokens],
             ref_BTH,
-            reference.module,
+            cast(nn.Linear, reference_head()),
             settings,
             memory,
             expected_loss,
@@ -127,7 +108,7 @@ def add_exact_kl(model: PreTrainedModel, settings: HeadSettings, reference: Refe
     model.forward = types.MethodType(exact_kl_forward, model)
 
 
-def _leaf_head(model: PreTrainedModel) -> nn.Linear:
+def leaf_head(model: PreTrainedModel) -> nn.Linear:
     """The LM head that is active now: PEFT keeps a trained copy beside the original one in `modules_to_save`."""
     head = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
@@ -199,7 +180,7 @@ class ModelCall:
     goes in and comes out without touching their bodies.
     """
 
-    def __init__(self, model: nn.Module, on_output: Callable[[Any], None], **extra: Any):
+    def __init__(self, model: Callable[..., Any], on_output: Callable[[Any], None], **extra: Any):
         self.model = model
         self.on_output = on_output
         self.extra = extra

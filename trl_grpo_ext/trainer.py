@@ -1,15 +1,16 @@
 """The trainer: TRL's, with our advantages in the batch and our KL in the loss."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from ._upstream import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
+from ._upstream import ADVANTAGE_EPS, GRPOTrainer, SyncRefModelCallback, get_config_model_id
+from .adapter_reference import adapter_reference, move_adapter_reference, prepare_adapter_reference
 from .aggregation import process_advantages
+from .checkpointed_trainer import CheckpointedTrainer
 from .collectives import gather, gather_tokens, local_rows, total
 from .config import GRPOExtConfig
 from .importance import ExpectedLoss, importance_ratio, sequence_token_old_logps
@@ -25,14 +26,15 @@ from .metrics import (
 )
 from .policy_forward import ModelCall
 from .reduction import CLIPPED_LOSSES, reduce_tokens, token_weights
-from .reference import CachedReference, prepare_adapter_reference
+from .reference import CachedReference, OnSync
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.models import open_reward_models
 from .rewards.sources import RewardSource, read_model_rewards, wrap_source
 from .rewards.types import place_rewards
+from .swapped import swapped
 
 
-class GRPOExtTrainer(GRPOTrainer):
+class GRPOExtTrainer(CheckpointedTrainer):
     """
     [`~trl.GRPOTrainer`] with process supervision, several weighted reward sources at token level and an exact KL.
 
@@ -88,7 +90,9 @@ class GRPOExtTrainer(GRPOTrainer):
             loading = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
             sources = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = open_reward_models(sources, loading)
-        super().__init__(model, reward_funcs, args, *positional, **keywords)
+        # TRL refuses to move a reference under PEFT
+        with swapped(args, sync_ref_model=False):
+            super().__init__(model, reward_funcs, args, *positional, **keywords)
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
@@ -102,28 +106,41 @@ class GRPOExtTrainer(GRPOTrainer):
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
-        if self.beta != 0.0 and isinstance(self.model, PeftModel):
-            prepare_adapter_reference(self.model)
-        self._reference = None
-        if args.kl_estimator == "exact":
-            self._reference = CachedReference(
-                cast(nn.Module, self.model),
-                self.ref_model,
-                self.accelerator,
-                moves=args.sync_ref_model,
-                logits_memory=args.logits_memory,
-            )
+        self._reference = self._prepare_reference()
         # Of the batch that is being scored
         self._rewards_per_func = self._withheld = torch.empty(0)
         self._gives_steps: list[bool] = []
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint and self.args.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model moves the reference, and checkpoints do not hold it: resumed, the run would train "
-                "against the model before training. Train without resuming, or with sync_ref_model=False."
+    def _prepare_reference(self) -> CachedReference | None:
+        """See to it that the reference is right, and moves if it is to; the exact KL caches its states."""
+        moves = self.args.sync_ref_model
+        if self.beta != 0.0 and isinstance(self.model, PeftModel):
+            prepare_adapter_reference(self.model, moves)
+        cached = None
+        if self.args.kl_estimator == "exact":
+            cached = CachedReference(
+                cast(nn.Module, self.model), self.ref_model, self.accelerator, logits_memory=self.args.logits_memory
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if moves and self.ref_model is not None:
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        if moves:
+            self.add_callback(OnSync(self._on_sync))
+        return cached
+
+    def _on_sync(self) -> None:
+        """Move the reference, unless TRL's callback has; states that are kept of the one before are worth nothing."""
+        if self.ref_model is None:
+            move_adapter_reference(self.accelerator.unwrap_model(self.model), self.args.ref_model_mixup_alpha)
+        for batch in self._buffered_inputs or []:
+            batch.pop("ref_hidden_states", None)
+
+    def _reference_parameters(self) -> dict[str, torch.Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.beta != 0.0 and isinstance(model, PeftModel):
+            return adapter_reference(model)
+        if self.args.sync_ref_model:
+            return dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
+        return {}
 
     def _tokenize_separator(self) -> list[int]:
         separator = self.args.prompt_separator
@@ -254,15 +271,6 @@ class GRPOExtTrainer(GRPOTrainer):
         for name, value in metrics:
             self._metrics[self._mode][name].append(value)
 
-    @contextmanager
-    def _without_trl_kl(self) -> Iterator[None]:
-        """With `beta` at 0, TRL's loss has neither its KL term nor its KL metric."""
-        beta, self.beta = self.beta, 0.0
-        try:
-            yield
-        finally:
-            self.beta = beta
-
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
         outputs: list[Any] = []
@@ -274,14 +282,14 @@ class GRPOExtTrainer(GRPOTrainer):
 
         extra = {}
         if self._reference is not None:
-            extra["ref_hidden_states"] = inputs.pop("ref_hidden_states")
             extra["expected_loss"] = self._expected_loss(inputs)
-        call = ModelCall(model, on_output, **extra)
-        if self.args.uses_trl_kl:
-            loss = super()._compute_loss(call, inputs)
-        else:
-            with self._without_trl_kl():
-                loss = super()._compute_loss(call, inputs)
+            if "ref_hidden_states" in inputs:
+                extra["ref_hidden_states"] = inputs.pop("ref_hidden_states")
+            else:
+                model = self._reference.rerunning(model, inputs["completion_ids"].size(1))
+        # With `beta` at 0, TRL's loss has neither its KL term nor its KL metric
+        with swapped(self, beta=self.beta if self.args.uses_trl_kl else 0.0):
+            loss = super()._compute_loss(ModelCall(model, on_output, **extra), inputs)
         return self._add_kl(loss, outputs[0], inputs)
 
     def _set_sequence_ratio(self, output: Any, inputs: dict[str, Any]) -> None:
