@@ -21,6 +21,17 @@ def base_language_model(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+def _checked_head(model: PreTrainedModel) -> nn.Linear:
+    head = leaf_head(model)
+    if head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"kl_estimator='exact' multiplies by the weight of the LM head, which is quantised to {head.weight.dtype} "
+            f"({type(head).__name__}). Leave the head as it is, for instance with "
+            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']), or use 'k3'."
+        )
+    return head
+
+
 class OnSync(TrainerCallback):
     """Does `action` whenever TRL's callback moves a separate reference: every `ref_model_sync_steps` steps."""
 
@@ -57,10 +68,17 @@ class CachedReference:
                 "the sequence that the reference would have to see. Use 'k3', or another PEFT method."
             )
         policy = base_language_model(model)
-        settings = head_settings(policy.forward)
+        settings, own = head_settings(policy.forward), _checked_head(policy)
         with self._model() as active:
             reference = base_language_model(accelerator.unwrap_model(active))
-            head = weakref.ref(leaf_head(reference))
+            other = _checked_head(reference)
+        if own.weight.dtype != other.weight.dtype:
+            raise ValueError(
+                f"The trained LM head is {own.weight.dtype} and the reference's {other.weight.dtype}: on a quantised "
+                "model TRL trains in bfloat16. Load the model with dtype='bfloat16', or leave the head out of "
+                "modules_to_save."
+            )
+        head = weakref.ref(other)
         add_exact_kl(policy, settings, head, logits_memory)
         if ref_model is not None:
             add_exact_kl(reference, settings, head, logits_memory)
