@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -109,9 +109,10 @@ class CheckpointedTrainer(GRPOTrainer):
                     "another trainer, or of a run without sync_ref_model. Resume it with sync_ref_model=False."
                 )
         if self._batch_file(folder).is_file():
-            state = torch.load(self._batch_file(folder), map_location=self.accelerator.device)
+            state = torch.load(self._batch_file(folder), map_location="cpu")
             if state["processes"] == self.accelerator.num_processes:
-                self._step, self._buffered_inputs = state["step"], state["batches"]
+                self._step = state["step"]
+                self._buffered_inputs = send_to_device(state["batches"], self.accelerator.device)
 
 
 class _Restore(TrainerCallback):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -116,6 +116,14 @@ def leaf_head(model: PreTrainedModel) -> nn.Linear:
     return cast(nn.Linear, head)
 
 
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    # A module that FSDP2 wraps by itself, as it is done with trained modules under PEFT, keeps its parameters sharded
+    # outside its own forward. Each process then has the gradient of its own tokens, and nothing else averages them
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
 class _Head(NamedTuple):
     """Weight and bias of an LM head, whole."""
 
@@ -124,9 +132,7 @@ class _Head(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Linear) -> "_Head":
-        # FSDP2 keeps parameters sharded outside their module's own forward
-        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in (module.weight, module.bias)]
-        return cls(*whole)
+        return cls(_whole(module.weight), None if module.bias is None else _whole(module.bias))
 
 
 def _token_stats(
