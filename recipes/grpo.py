@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from trl_grpo_ext.rewards.models import open_reward_models
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -40,6 +41,10 @@ class ScriptArguments:
             `reasoning_gym:chain_sum`.
         reward_funcs (`list[str]`):
             The reward sources, in the order of `reward_weights`; see [`load_reward`].
+        reward_model_options (`dict`, *optional*):
+            A mapping in YAML, JSON on the command line: keyword arguments of
+            [`~trl_grpo_ext.ProcessRewardModel.from_pretrained`] for all reward models, such as `dtype`,
+            `quantization_config` or `offload`. What it leaves out is as for the policy, but nothing is quantised.
         dataset_options (`dict`, *optional*):
             A mapping in YAML, JSON on the command line. For a reasoning-gym task its options (`size`, `seed`,
             `min_terms`, ...), otherwise keyword arguments of [`~datasets.load_dataset`] (`name`, `revision`, ...).
@@ -68,6 +73,10 @@ class ScriptArguments:
             "`path/to/file.py:function`, or a reward model's Hub id or folder. A class is built with the tokenizer."
         }
     )
+    reward_model_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "How reward models are loaded, as JSON: dtype, quantization_config, offload, ..."},
+    )
     dataset_options: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Options of the reasoning-gym task, or keyword arguments of load_dataset, as JSON."},
@@ -84,6 +93,7 @@ class ScriptArguments:
     def __post_init__(self):
         # A YAML string where a list belongs reaches the parser as it is
         self.reward_funcs = [self.reward_funcs] if isinstance(self.reward_funcs, str) else self.reward_funcs
+        self.reward_model_options = parse_json(self.reward_model_options, "reward_model_options", dict) or {}
         self.dataset_options = parse_json(self.dataset_options, "dataset_options", dict) or {}
         self.examples = parse_json(self.examples, "examples", list) or []
         if any(len(pair) != 2 for pair in self.examples):
@@ -103,6 +113,11 @@ def parse_json(value: Any, name: str, kind: type) -> Any:
     return parsed
 
 
+def looks_like_model(spec: str) -> bool:
+    """Whether an entry of `reward_funcs` is a reward model's folder or id rather than a function or class."""
+    return ":" not in spec and (Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py")))
+
+
 def load_reward(spec: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     """
     The reward source that `spec` names, as `reward_funcs` of the trainer takes it.
@@ -110,19 +125,17 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     - `path/to/file.py:name`, `package.module:name` or `package.module.name`: a reward function. Modules beside this
       script and in the working directory are found. A class is built with the policy's tokenizer, `name(tokenizer)`,
       since reward functions are called with token ids but without a tokenizer.
-    - a folder, or an id with a slash: a reward model, loaded by the trainer as a sequence classifier.
+    - a folder, or an id with a slash: a reward model, loaded by the trainer.
 
     Raises:
         ValueError, ImportError, FileNotFoundError: naming the part of `spec` that could not be found.
     """
+    if looks_like_model(spec):
+        return spec
     where, _, name = spec.rpartition(":")
     if not where:
-        if Path(spec).is_dir():
-            return spec
         if spec.endswith(".py"):
             raise ValueError(f"reward_funcs: {spec!r} names a file; write {spec}:FUNCTION.")
-        if "/" in spec:
-            return spec
         where, _, name = spec.rpartition(".")
     if not where:
         raise ValueError(
@@ -233,7 +246,10 @@ def make_parser() -> TrlParser:
     return TrlParser((ScriptArguments, GRPOExtConfig, ModelConfig))
 
 
-def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
+def make_trainer(
+    script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig
+) -> GRPOExtTrainer:
+    """Model, reward sources and data, loaded and put together."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: a Hub id or a folder.")
     training_args.model_init_kwargs = {
@@ -248,15 +264,22 @@ def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args:
         trust_remote_code=training_args.trust_remote_code,
     )
     train_dataset, eval_dataset = load_data(script_args)
-    trainer = GRPOExtTrainer(
+    rewards = load_rewards(script_args.reward_funcs, training_args.reward_weights, tokenizer)
+    if script_args.reward_model_options:
+        rewards = open_reward_models(rewards, {**training_args.model_init_kwargs, **script_args.reward_model_options})
+    return GRPOExtTrainer(
         model=model_args.model_name_or_path,
-        reward_funcs=load_rewards(script_args.reward_funcs, training_args.reward_weights, tokenizer),
+        reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
+    trainer = make_trainer(script_args, training_args, model_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -69,6 +69,20 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         additional_special_tokens=special,
         chat_template=QWEN_TEMPLATE,
+    )
+
+
+@functools.cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, and Qwen2.5's special ones: needs no wheel, and keeps models small."""
+    special = [*_QWEN_SPECIAL.split(), "<extra_0>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=QWEN_TEMPLATE
     )
 
 
@@ -131,6 +145,7 @@ def _config(config_class, vocabulary: int, **settings):
 
 FAMILIES = {
     "qwen": (Qwen2Config, 151936, qwen_tokenizer),
+    "bytes": (Qwen2Config, 320, byte_tokenizer),
     "skywork": (Qwen2Config, 151936, skywork_tokenizer),
     "llama": (LlamaConfig, 128256, llama_tokenizer),
     "mistral": (MistralConfig, 32000, None),

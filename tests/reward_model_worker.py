@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
-from tests.training import PROMPTS, fixed_completions
+from tests.training import PROMPTS, fixed_completions, on_cpu, shard_all
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, ProcessRewardModel
 from trl_grpo_ext.rewards.heads import LogRatio, TokenPair
 from trl_grpo_ext.rewards.presets import Preset
@@ -61,9 +61,7 @@ def score(models: Path, output: Path) -> dict[str, Any]:
     args = GRPOExtConfig(
         str(output),
         supervision="process",
-        # With `use_cpu` accelerate leaves DeepSpeed out, and without it finds no backend
-        use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,
-        ddp_backend="gloo" if processes > 1 else None,
+        **on_cpu(),
         bf16=False,
         report_to="none",
         save_strategy="no",
@@ -76,6 +74,7 @@ def score(models: Path, output: Path) -> dict[str, Any]:
         # Adam's own kernels are built when they are first used
         optim="sgd",
     )
+    shard_all(args)
     pair = ProcessRewardModel.from_pretrained(str(models / "causal"), preset=PAIR)
     adapted = ProcessRewardModel.from_pretrained(str(models / "adapter"), preset=PAIR, weights_of=pair)
     ratio = ProcessRewardModel.from_pretrained(

@@ -13,8 +13,14 @@ from peft import LoraConfig
 
 from tests.test_trainer_reference import CONTINUED, LORA, trained_adapter
 from tests.training import make_trainer
-from trl_grpo_ext import GRPOExtTrainer
-from trl_grpo_ext.checkpoints import MANIFEST_NAME, REFERENCE_NAME, find_checkpoint, what_is_missing
+from trl_grpo_ext import GRPOExtTrainer, checkpointed_trainer
+from trl_grpo_ext.checkpoints import (
+    MANIFEST_NAME,
+    REFERENCE_NAME,
+    find_checkpoint,
+    seal_checkpoint,
+    what_is_missing,
+)
 
 
 SYNC = {"beta": 0.1, "sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 2}
@@ -46,9 +52,7 @@ def make(kind, tiny_model, adapter, folder, **config):
         **SETTINGS[kind],
         **config,
     }
-    return make_trainer(
-        GRPOExtTrainer, model, vowels, folder, trainer_options={"peft_config": peft_config}, **options
-    )
+    return make_trainer(GRPOExtTrainer, model, vowels, folder, trainer_options={"peft_config": peft_config}, **options)
 
 
 def seen(trainer):
@@ -150,6 +154,19 @@ def test_a_reference_of_another_adapter_is_refused(run, tiny_model):
     trainer._resumed_from = run / "checkpoint-2"
     with pytest.raises(ValueError, match=r"another model: .*k_proj.*differ"):
         trainer._restore()
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_complete(tiny_model, tmp_path, monkeypatch):
+    def seal(folder):
+        if folder.name == "checkpoint-3":
+            raise KeyboardInterrupt
+        seal_checkpoint(folder)
+
+    monkeypatch.setattr(checkpointed_trainer, "seal_checkpoint", seal)
+    with pytest.raises(KeyboardInterrupt):
+        make("lora", tiny_model, None, tmp_path, save_total_limit=1).train()
+    assert complete_steps(tmp_path) == [2]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
 KILLS = int(os.environ.get("KILLS", "4"))

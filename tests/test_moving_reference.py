@@ -44,7 +44,12 @@ class Watcher(TrainerCallback):
 def train(model, folder, watcher=None, peft_config=None, **config):
     options = {"peft_config": peft_config} if peft_config else {}
     trainer = make_trainer(
-        GRPOExtTrainer, model, answer_length, folder, trainer_options=options, **{"learning_rate": 0.1, **SYNC, **config}
+        GRPOExtTrainer,
+        model,
+        answer_length,
+        folder,
+        trainer_options=options,
+        **{"learning_rate": 0.1, **SYNC, **config},
     )
     if watcher:
         # After the trainer's own

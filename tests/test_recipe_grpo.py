@@ -62,7 +62,7 @@ def script_arguments(dataset: object, **fields) -> grpo.ScriptArguments:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses_and_its_rewards_load(path, byte_tokenizer):
-    script_args, training_args, _ = parse("--config", str(path))
+    script_args, training_args, _ = parse("--config", str(path), "--bf16", "false")
     sources = grpo.load_rewards(script_args.reward_funcs, training_args.reward_weights, byte_tokenizer)
     assert len(sources) == len(script_args.reward_funcs)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig
@@ -95,13 +96,48 @@ class RecordingExtTrainer(BatchRecorder, GRPOExtTrainer):
     pass
 
 
+def on_cpu() -> dict[str, Any]:
+    """Arguments for training on the CPU, in as many processes as were started."""
+    return {
+        # With `use_cpu` accelerate leaves DeepSpeed out, and without it finds no backend
+        "use_cpu": "ACCELERATE_USE_DEEPSPEED" not in os.environ,
+        "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
+        # A process that waits for one that failed
+        "ddp_timeout": 60,
+    }
+
+
+def shard_all(args: Any) -> None:
+    """
+    Let FSDP and ZeRO-3 do on two CPU ranks and with a tiny model what they do elsewhere.
+
+    To be called between making the arguments and the trainer.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # On CPUs accelerate trains an FSDP config with DDP, without a word
+        assert args.distributed_state.distributed_type == DistributedType.MULTI_CPU
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = args.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    # By default it keeps all parameters gathered that are as small as these
+    plugin.deepspeed_config["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    # Hands the changed copy to `from_pretrained`
+    plugin.set_deepspeed_weakref()
+
+
 def make_trainer(
     trainer_class: type, model: Any, reward_funcs: Any, folder: Any, *, trainer_options: Any = None, **config: Any
 ) -> Any:
     """A trainer on the CPU that logs every step; by default with plain SGD, unclipped, at a constant learning rate."""
     options = {
         "output_dir": str(folder),
-        "use_cpu": True,
+        **on_cpu(),
         "bf16": False,
         "report_to": "none",
         "save_strategy": "no",
@@ -115,10 +151,12 @@ def make_trainer(
         "max_completion_length": 16,
     }
     config_class = GRPOExtConfig if issubclass(trainer_class, GRPOExtTrainer) else GRPOConfig
+    args: Any = config_class(**(options | config))
+    shard_all(args)
     return trainer_class(
         model,
         reward_funcs,
-        config_class(**(options | config)),
+        args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 6}),
         **(trainer_options or {}),
     )

@@ -10,8 +10,8 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import trl
-from trl import SyncRefModelCallback
 from trl.models.utils import prepare_deepspeed
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import (

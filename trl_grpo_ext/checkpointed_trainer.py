@@ -1,7 +1,7 @@
 """TRL's trainer, with checkpoints from which a run goes on as if it had not ended."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
@@ -17,6 +17,7 @@ from .checkpoints import (
     save_reference,
     seal_checkpoint,
 )
+from .config import GRPOExtConfig
 from .swapped import swapped
 
 
@@ -27,6 +28,8 @@ class CheckpointedTrainer(GRPOTrainer):
     A checkpoint amid the updates on one generated batch holds that batch too. So a run that is resumed goes on with
     the same reference, completions and random numbers, on the same number of processes.
     """
+
+    args: GRPOExtConfig
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -59,7 +62,7 @@ class CheckpointedTrainer(GRPOTrainer):
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                found = [find_checkpoint(resume, Path(self.args.output_dir))]
+                found = [find_checkpoint(resume, Path(cast(str, self.args.output_dir)))]
             except ValueError as error:
                 found = [error]
         (result,) = broadcast_object_list(found)
@@ -87,7 +90,7 @@ class CheckpointedTrainer(GRPOTrainer):
 
     def _save_generated_batch(self, folder: Path) -> None:
         """Save the batch whose updates are not done, of every process."""
-        updates = self.args.steps_per_generation * self.num_iterations
+        updates = cast(int, self.args.steps_per_generation) * self.num_iterations
         if self._step % updates:
             state = {"step": self._step, "processes": self.accelerator.num_processes, "batches": self._buffered_inputs}
             torch.save(state, self._batch_file(folder))

@@ -86,7 +86,7 @@ def find_checkpoint(resume: str | bool, output_dir: Path) -> Path:
     Raises:
         ValueError: it is torn, or all are, with what they lack; or there is none.
     """
-    if resume is not True:
+    if isinstance(resume, str):
         if missing := what_is_missing(Path(resume)):
             raise ValueError(
                 f"The checkpoint {resume} is torn: {missing}. Resume from another one, or with "

@@ -38,7 +38,7 @@ class OnSync(TrainerCallback):
     def __init__(self, action: Callable[[], None]):
         self.action = action
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state, control, **kwargs):
         if state.global_step % args.ref_model_sync_steps == 0:
             self.action()
 
@@ -70,9 +70,9 @@ class CachedReference:
         policy = base_language_model(model)
         settings, own = head_settings(policy.forward), _checked_head(policy)
         with self._model() as active:
-            reference = base_language_model(accelerator.unwrap_model(active))
+            reference = base_language_model(cast(nn.Module, accelerator.unwrap_model(active)))
             other = _checked_head(reference)
-        if own.weight.dtype != other.weight.dtype:
+        if ref_model is None and own.weight.dtype != other.weight.dtype:
             raise ValueError(
                 f"The trained LM head is {own.weight.dtype} and the reference's {other.weight.dtype}: on a quantised "
                 "model TRL trains in bfloat16. Load the model with dtype='bfloat16', or leave the head out of "

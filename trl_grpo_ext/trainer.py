@@ -66,8 +66,6 @@ class GRPOExtTrainer(CheckpointedTrainer):
             combination that is not supported, with the reason.
     """
 
-    args: GRPOExtConfig
-
     _tag_names = [*GRPOTrainer._tag_names, "trl-grpo-ext"]
 
     def __init__(
@@ -122,7 +120,7 @@ class GRPOExtTrainer(CheckpointedTrainer):
                 cast(nn.Module, self.model), self.ref_model, self.accelerator, logits_memory=self.args.logits_memory
             )
         if moves and self.ref_model is not None:
-            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+            self.add_callback(SyncRefModelCallback(cast(nn.Module, self.ref_model), self.accelerator))
         if moves:
             self.add_callback(OnSync(self._on_sync))
         return cached
@@ -130,17 +128,18 @@ class GRPOExtTrainer(CheckpointedTrainer):
     def _on_sync(self) -> None:
         """Move the reference, unless TRL's callback has; states that are kept of the one before are worth nothing."""
         if self.ref_model is None:
-            move_adapter_reference(self.accelerator.unwrap_model(self.model), self.args.ref_model_mixup_alpha)
+            move_adapter_reference(self._unwrapped(self.model), self.args.ref_model_mixup_alpha)
         for batch in self._buffered_inputs or []:
             batch.pop("ref_hidden_states", None)
 
+    def _unwrapped(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model)
+
     def _reference_parameters(self) -> dict[str, torch.Tensor]:
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._unwrapped(self.model)
         if self.beta != 0.0 and isinstance(model, PeftModel):
             return adapter_reference(model)
-        if self.args.sync_ref_model:
-            return dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
-        return {}
+        return dict(self._unwrapped(self.ref_model).named_parameters()) if self.args.sync_ref_model else {}
 
     def _tokenize_separator(self) -> list[int]:
         separator = self.args.prompt_separator

