@@ -1,88 +1,112 @@
-"""Two processes compute what one computes, with a group in both and other lengths and numbers of steps in each."""
+"""
+Two processes compute what one computes, with a group in both and other lengths and numbers of steps in each, however
+the model is shared among them.
+"""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import distributed_worker
+from tests.distributed_worker import CASES, LOSSES, WEIGHTS
+from tests.launching import launch
 from tests.training import assert_same_gradients
 
 
 pytestmark = pytest.mark.distributed
 
-TIMEOUT = 180
-
 # Of the figures that are logged, those that do not depend on how the batch is cut into micro-batches
 SUMS = ("loss", "policy_loss", "kl_loss", "grad_norm", "reward", "completions", "advantages")
+TIMES = {"step_time", "epoch"}
 
-
-def run_workers(model_folder: str, output: Path) -> None:
-    """Start two processes that talk over gloo, on a free port, and end both if they take too long."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = ["-m", "tests.distributed_worker", model_folder, str(output)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, *worker],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
-        pytest.fail(f"no end after {TIMEOUT} s:\n{printed[-5000:]}")
-    assert process.returncode == 0, printed[-5000:]
+# What each is called by accelerate, and the cases that it is run with
+SHARDINGS = {
+    "ddp": ("MULTI_CPU", [*LOSSES, *WEIGHTS]),
+    "fsdp2": ("FSDP", [*WEIGHTS]),
+    "zero2": ("DEEPSPEED", [*WEIGHTS]),
+    "zero3": ("DEEPSPEED", [*WEIGHTS]),
+}
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, tmp_path_factory):
-    """What one process saw, and what each of two saw, for every case."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    run_workers(tiny_model, two)
-    distributed_worker.main(tiny_model, str(one))
-    return torch.load(one / "rank0.pt"), [torch.load(two / f"rank{rank}.pt") for rank in (0, 1)]
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    distributed_worker.save_models(folder)
+    return folder
 
 
-def loss_tokens(seen: dict) -> list[torch.Tensor]:
+@pytest.fixture(scope="module")
+def one(models, tmp_path_factory):
+    """What one process sees, for every case."""
+    folder = tmp_path_factory.mktemp("one")
+    distributed_worker.main(str(models), str(folder), *CASES)
+    return torch.load(folder / "rank0.pt")
+
+
+@pytest.fixture(scope="module", params=SHARDINGS)
+def two(models, tmp_path_factory, request):
+    """The sharding, and what each of two processes sees, for every case that it is run with."""
+    folder = tmp_path_factory.mktemp(request.param)
+    launch(request.param, "tests.distributed_worker", str(models), str(folder), *SHARDINGS[request.param][1])
+    return request.param, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def loss_tokens(seen: dict, batch: int) -> list[torch.Tensor]:
     """Each completion's advantages, which differ in padding only."""
-    if seen["advantages"].ndim == 1:
-        return list(seen["advantages"])
-    assert (seen["advantages"][seen["mask"] == 0] == 0).all()
-    return [row[kept.bool()] for row, kept in zip(seen["advantages"], seen["mask"], strict=True)]
+    advantages, mask = seen["advantages"][batch], seen["mask"][batch]
+    if advantages.ndim == 1:
+        return list(advantages)
+    assert (advantages[mask == 0] == 0).all()
+    return [row[kept.bool()] for row, kept in zip(advantages, mask, strict=True)]
 
 
-@pytest.mark.parametrize("case", distributed_worker.CASES)
-def test_two_processes_equal_one(results, case):
-    one, two = results[0][case], [seen[case] for seen in results[1]]
-    assert two[0]["mask"].shape != two[1]["mask"].shape
+def change(seen: dict) -> dict[str, torch.Tensor]:
+    return {name: weight - seen["before"][name] for name, weight in seen["after"].items()}
 
-    expected, found = loss_tokens(one), [row for seen in two for row in loss_tokens(seen)]
-    assert sum(row.abs().sum() for row in expected) > 1
-    assert (expected[4] == 0).all(), "row 4 is not judged"
-    for row, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, row=row: f"row {row}: {text}")
 
-    for rank, seen in enumerate(two):
-        assert seen["table"] == pytest.approx(one["table"], abs=1e-5)
-        for step, gradients in enumerate(one["gradients"]):
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_two_processes_equal_one(two, one, case):
+    assert_equal(two, one, case)
+
+
+@pytest.mark.parametrize("two", ["ddp"], indirect=True)
+@pytest.mark.parametrize("case", LOSSES)
+def test_two_processes_equal_one_for_each_loss(two, one, case):
+    assert_equal(two, one, case)
+
+
+def assert_equal(two: tuple[str, list[dict]], one: dict, case: str) -> None:
+    sharding, ranks = two
+    one, ranks = one[case], [seen[case] for seen in ranks]
+    for seen in ranks:
+        assert seen["sharding"] == SHARDINGS[sharding][0]
+        assert seen["whole"] == (0 if sharding in ("fsdp2", "zero3") else seen["parameters"])
+
+    for batch in range(len(one["advantages"])):
+        assert ranks[0]["mask"][batch].shape != ranks[1]["mask"][batch].shape
+        expected = loss_tokens(one, batch)
+        found = [row for seen in ranks for row in loss_tokens(seen, batch)]
+        assert sum(row.abs().sum() for row in expected) > 1
+        assert (expected[4] == 0).all(), "row 4 is not judged"
+        for row, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
+            assert torch.equal(ours, theirs), (batch, row, ours - theirs)
+
+    for rank, seen in enumerate(ranks):
+        assert seen["table"] == pytest.approx(one["table"], abs=1e-6)
+        for step, gradients in enumerate(one["gradients"] if sharding == "ddp" else []):
             assert_same_gradients(seen["gradients"][step], gradients, 1e-5)
-        for name, weight in one["weights"].items():
-            torch.testing.assert_close(seen["weights"][name], weight, rtol=1e-5, atol=1e-5)
-        for theirs, ours in zip(one["log"], seen["log"], strict=True):
+        for name, weight in one["before"].items():
+            torch.testing.assert_close(seen["before"][name], weight, rtol=0, atol=0)
+        assert_same_gradients(change(seen), change(one), 1e-4)
+        for step, (theirs, ours) in enumerate(zip(one["log"], seen["log"], strict=True)):
             assert ours.keys() == theirs.keys()
-            for name in theirs.keys() - {"step_time", "epoch"}:
-                if case in distributed_worker.MICRO_BATCHES and not name.startswith(SUMS):
+            for name in theirs.keys() - TIMES:
+                if CASES[case].micro_batches > 1 and not name.startswith(SUMS):
                     continue
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (rank, name)
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (rank, step, name)
+    for seen in (one, *ranks):
+        if CASES[case].policy == CASES[case].reference and CASES[case].settings.get("kl_estimator") is None:
+            assert abs(seen["log"][0]["kl"]) < 1e-8
     assert one["log"][1]["kl"] > 1e-4
     assert one["log"][1]["clip_ratio/region_mean"] > 0, "off policy"
