@@ -280,7 +280,8 @@ def make_trainer(
 
 def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
     trainer = make_trainer(script_args, training_args, model_args)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
     trainer.accelerator.print(f"Model and trainer_state.json saved in {training_args.output_dir}")

@@ -17,7 +17,9 @@ from trl_grpo_ext import GRPOExtTrainer, checkpointed_trainer
 from trl_grpo_ext.checkpoints import (
     MANIFEST_NAME,
     REFERENCE_NAME,
-    find_checkpoint,
+    check_complete,
+    newest_complete,
+    rotate_checkpoints,
     seal_checkpoint,
     what_is_missing,
 )
@@ -108,18 +110,20 @@ def test_a_checkpoint_with_any_file_missing_or_cut_short_is_torn(run, caplog):
     checkpoint = run / "checkpoint-2"
     assert what_is_missing(checkpoint) is None
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_NAME]
-    assert {REFERENCE_NAME, "batch_0.pt", "optimizer.pt", "trainer_state.json"} <= {path.name for path in files}
+    assert {REFERENCE_NAME, "batch_0.pt", "optimizer.pt", "trainer_state.json"} <= {
+        path.relative_to(checkpoint).as_posix() for path in files
+    }
     for path in files:
         content = path.read_bytes()
         path.write_bytes(content[:-1])
         assert f"{path.relative_to(checkpoint)} has {len(content) - 1} bytes" in what_is_missing(checkpoint)
         path.unlink()
         assert f"{path.relative_to(checkpoint)} is missing" in what_is_missing(checkpoint)
-        assert find_checkpoint(True, run) == run / "checkpoint-1"
-        with pytest.raises(ValueError, match=f"checkpoint-2 is torn: .*{path.name} is missing"):
-            find_checkpoint(str(checkpoint), run)
+        assert newest_complete(run) == run / "checkpoint-1"
+        with pytest.raises(ValueError, match=f"checkpoint-2 is not a complete checkpoint: .*{path.name} is missing"):
+            check_complete(checkpoint)
         path.write_bytes(content)
-    assert find_checkpoint(True, run) == checkpoint
+    assert newest_complete(run) == checkpoint
     assert "Passing over the torn checkpoint" in caplog.text
 
 
@@ -130,22 +134,99 @@ def test_without_a_complete_checkpoint_the_error_names_the_torn_ones(run, tiny_m
     with pytest.raises(ValueError, match=r"checkpoint-2 \(the run ended.*checkpoint-1 \(optimizer.pt is missing"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no complete checkpoint in .*nowhere.*Torn ones: none"):
-        find_checkpoint(True, run / "nowhere")
+        newest_complete(run / "nowhere")
 
 
 def test_checkpoints_of_trl_are_taken_unless_their_last_file_is_missing(run):
     checkpoint = run / "checkpoint-2"
     (checkpoint / MANIFEST_NAME).unlink()
-    assert find_checkpoint(True, run) == checkpoint
+    assert newest_complete(run) == checkpoint
     (checkpoint / "trainer_state.json").write_text('{"epoch": 0.')
-    assert find_checkpoint(True, run) == run / "checkpoint-1"
+    assert newest_complete(run) == run / "checkpoint-1"
 
 
-def test_a_checkpoint_without_the_reference_that_moved_is_refused(run, tiny_model):
-    (run / "checkpoint-2" / MANIFEST_NAME).unlink()
-    (run / "checkpoint-2" / REFERENCE_NAME).unlink()
-    with pytest.raises(ValueError, match="checkpoint-2 does not hold it.*sync_ref_model=False"):
-        make("lora", tiny_model, None, run).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"complete": 1'])
+def test_a_manifest_that_is_damaged_is_a_torn_checkpoint(run, content):
+    (run / "checkpoint-2" / MANIFEST_NAME).write_text(content)
+    assert what_is_missing(run / "checkpoint-2") == f"{MANIFEST_NAME} is missing or torn"
+    assert newest_complete(run) == run / "checkpoint-1"
+
+
+def test_what_transformers_marks_as_incomplete_while_it_is_preempted_is(run):
+    (run / "checkpoint-2" / "checkpoint-is-incomplete.txt").touch()
+    assert newest_complete(run) == run / "checkpoint-1"
+    seal_checkpoint(run / "checkpoint-2")
+    (run / "checkpoint-2" / "checkpoint-is-incomplete.txt").unlink()
+    assert newest_complete(run) == run / "checkpoint-2"
+
+
+def test_checkpoints_are_ordered_by_step_and_others_folders_left_alone(run):
+    (run / "checkpoint-2").rename(run / "checkpoint-10")
+    (run / "checkpoint-1").rename(run / "checkpoint-9")
+    (run / "checkpoint-best").mkdir()
+    assert newest_complete(run) == run / "checkpoint-10"
+    rotate_checkpoints(run, 1, {run / "checkpoint-9"})
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-best"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, {1, 2, 3, 9}), (1, None, {3}), (2, None, {2, 3}), (1, 1, {1, 3}), (2, 1, {1, 3}), (3, 1, {1, 2, 3})],
+)
+def test_rotation_keeps_the_newest_complete_and_the_best(run, limit, best, left):
+    """Of 1, 2 and 3, written in this order, and a torn one with a higher number."""
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-3")
+    for step in (1, 2, 3):
+        os.utime(run / f"checkpoint-{step}", ns=(step, step))
+    (run / "checkpoint-9").mkdir()
+    rotate_checkpoints(run, limit, {run / "checkpoint-3", *([run / f"checkpoint-{best}"] if best else [])})
+    assert {int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")} == left
+
+
+def test_resumed_after_a_torn_checkpoint_the_complete_one_stays_until_there_is_another(run, tiny_model):
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "checkpoint-9").mkdir()
+    make("lora", tiny_model, None, run, save_total_limit=1, max_steps=3).train(resume_from_checkpoint=True)
+    assert complete_steps(run) == [3]
+    arguments = torch.load(run / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == 1
+
+
+def test_resumed_in_the_same_trainer_and_from_a_path_it_is_the_same_run(tiny_model, tmp_path):
+    trainer = make("lora", tiny_model, None, tmp_path)
+    trainer.train()
+    expected = seen(trainer)
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert_same_run(seen(trainer), expected)
+
+
+def test_a_batch_made_with_other_settings_is_not_used(run, tiny_model, caplog):
+    trainer = make("lora", tiny_model, None, run, max_steps=4, gradient_accumulation_steps=2, num_iterations=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert "was made with other settings" in caplog.text
+    assert trainer.state.global_step == 4
+
+
+def test_a_checkpoint_that_is_written_anew_keeps_nothing_of_the_one_before(run, tiny_model):
+    assert (run / "checkpoint-2" / "batch_0.pt").is_file()
+    make("lora", tiny_model, None, run, max_steps=2, num_iterations=1, sync_ref_model=False).train()
+    assert what_is_missing(run / "checkpoint-2") is None
+    assert not (run / "checkpoint-2" / "batch_0.pt").exists()
+    assert not (run / "checkpoint-2" / REFERENCE_NAME).exists()
+
+
+def test_the_reference_of_a_checkpoint_must_be_the_one_that_the_run_needs(run, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="holds a reference that had moved.*sync_ref_model=True"):
+        make("lora", tiny_model, None, run, sync_ref_model=False).train(resume_from_checkpoint=True)
+    make("lora", tiny_model, None, run, beta=0.0, sync_ref_model=False, kl_estimator="k3", max_steps=3).train(
+        resume_from_checkpoint=True
+    )
+    still = {"sync_ref_model": False, "save_steps": 1}
+    make("lora", tiny_model, None, tmp_path / "still", max_steps=1, **still).train()
+    assert not (tmp_path / "still" / "checkpoint-1" / REFERENCE_NAME).exists()
+    with pytest.raises(ValueError, match="checkpoint-1 does not hold it.*sync_ref_model=False"):
+        make("lora", tiny_model, None, tmp_path / "still").train(resume_from_checkpoint=True)
+    make("lora", tiny_model, None, tmp_path / "still", max_steps=2, **still).train(resume_from_checkpoint=True)
 
 
 def test_a_reference_of_another_adapter_is_refused(run, tiny_model):

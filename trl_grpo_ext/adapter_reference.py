@@ -1,10 +1,9 @@
 """The KL's reference under PEFT: the model without its adapter, or with a frozen one named `"ref"`, which can move."""
 
-import copy
 import re
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 
 from ._upstream import SyncRefModelCallback
@@ -42,17 +41,16 @@ def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
             f"init_lora_weights={init!r} changes the base weights, so that the model without its adapter is not the "
             "model before training, which the KL's reference must be. Use the default initialisation, or beta=0."
         )
-    if moves and model.active_peft_config.is_prompt_learning:
+    if moves and (model.active_peft_config.is_prompt_learning or config["peft_type"] == PeftType.ADALORA):
         raise ValueError(
-            "sync_ref_model needs an adapter inside the layers (LoRA and its kind), of which the reference is a copy; "
-            "prompt learning is not. Use sync_ref_model=False, or another PEFT method."
+            "sync_ref_model needs an adapter inside the layers (LoRA and its kind), of which the reference is a second "
+            f"one; {config['peft_type']} cannot be. Use sync_ref_model=False, or another PEFT method."
         )
     if moves and REFERENCE_ADAPTER not in model.peft_config:
-        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[_POLICY_ADAPTER]))
+        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_POLICY_ADAPTER])
     if REFERENCE_ADAPTER not in model.peft_config:
         return
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    for reference, policy in _pairs({**_parameters(model), **buffers}).values():
+    for reference, policy in _pairs(_parameters(model)).values():
         # Other than by `copy_` it takes the dtype too
         reference.data = policy.data.clone()
     for name, module in model.named_modules():

@@ -1,21 +1,21 @@
 """
-Checkpoints that can be trusted: each says whether it is complete, and holds the reference where that has moved.
+Folders of checkpoints: which are complete, and what this package adds to them.
 
 A checkpoint is written file by file, and a process can be killed between any two. So `checkpoint.json` says
 `{"complete": false}` before the first and lists all files with their sizes after the last. A checkpoint without one is
 not of this package's making, and is complete if it has the file that transformers writes last.
 
-Beside what TRL saves there are `reference.safetensors`, where the reference cannot be had from elsewhere, and, of a
-checkpoint amid the updates on one generated batch, `batch_{rank}.pt` with that batch.
+Beside what TRL saves there is `reference/`, where the reference cannot be had from elsewhere, and, in a checkpoint amid
+the updates on one generated batch, `batch_{rank}.pt` with that batch.
 """
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,25 +26,41 @@ from .sharding import assign_whole, whole
 
 
 MANIFEST_NAME = "checkpoint.json"
-REFERENCE_NAME = "reference.safetensors"
+# In a folder of its own: servers load every safetensors file that lies beside the model's
+REFERENCE_NAME = "reference/parameters.safetensors"
+# Transformers keeps it there while it saves a job that is preempted
+_SENTINEL_NAME = "checkpoint-is-incomplete.txt"
 
 logger = logging.get_logger(__name__)
 
 
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """As transformers names it."""
+    return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def batch_file(folder: Path, rank: int) -> Path:
+    """Where a process keeps the generated batch that it was amid."""
+    return folder / f"batch_{rank}.pt"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Complete or torn
+
+
 def open_checkpoint(folder: Path) -> None:
-    """Say of a checkpoint, also of one that is written anew, that it is not complete."""
+    """Say of a checkpoint that it is not complete; of one that is written anew, remove what only this package wrote."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_manifest(folder, {"complete": False})
+    for path in (folder / REFERENCE_NAME, *folder.glob("batch_*.pt")):
+        path.unlink(missing_ok=True)
 
 
 def seal_checkpoint(folder: Path) -> None:
     """Say of a checkpoint that it is complete, with every file in it and its size in bytes."""
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST_NAME, _SENTINEL_NAME))
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
     _write_manifest(folder, {"complete": True, "files": sizes})
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME)
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
@@ -59,63 +75,95 @@ def _write_manifest(folder: Path, manifest: dict) -> None:
 
 def what_is_missing(folder: Path) -> str | None:
     """What a checkpoint lacks to be complete, or `None`."""
-    if not (folder / MANIFEST_NAME).is_file():
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_bytes())
-        except (OSError, ValueError):
-            return f"{TRAINER_STATE_NAME} is missing or torn"
-        return None
-    manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
-    if not manifest["complete"]:
-        return "the run ended while it was written"
-    for name, size in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / _SENTINEL_NAME).exists():
+        return f"it has a {_SENTINEL_NAME}"
+    name = MANIFEST_NAME if (folder / MANIFEST_NAME).exists() else TRAINER_STATE_NAME
+    try:
+        content = json.loads((folder / name).read_bytes())
+        if name == TRAINER_STATE_NAME:
+            return None
+        complete, sizes = content["complete"], content.get("files", {})
+    except (OSError, ValueError, KeyError):
+        return f"{name} is missing or torn"
+    if not complete:
+        return "it is being written, or the run ended while it was"
+    for file, size in sizes.items():
+        found = (folder / file).stat().st_size if (folder / file).is_file() else None
+        if found != size:
+            return f"{file} is missing" if found is None else f"{file} has {found} bytes instead of {size}"
     return None
 
 
-def find_checkpoint(resume: str | bool, output_dir: Path) -> Path:
-    """
-    The checkpoint to go on from: the one named, or for `True` the newest complete one in `output_dir`.
+def check_complete(folder: Path) -> None:
+    """Raise `ValueError` that says what a checkpoint lacks, if anything."""
+    if missing := what_is_missing(folder):
+        raise ValueError(
+            f"{folder} is not a complete checkpoint: {missing}. Resume from another one, or with "
+            "`resume_from_checkpoint=True` from the newest that is complete."
+        )
 
-    Newer ones that are torn are passed over with a warning.
+
+def newest_complete(output_dir: Path) -> Path:
+    """
+    The checkpoint with the largest step that is complete; torn ones are passed over with a warning each.
 
     Raises:
-        ValueError: it is torn, or all are, with what they lack; or there is none.
+        ValueError: there is none, with what each lacks.
     """
-    if isinstance(resume, str):
-        if missing := what_is_missing(Path(resume)):
-            raise ValueError(
-                f"The checkpoint {resume} is torn: {missing}. Resume from another one, or with "
-                "`resume_from_checkpoint=True` from the newest that is complete."
-            )
-        return Path(resume)
-    numbers = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output_dir.glob("*-*")}
-    checkpoints = [path for path, number in numbers.items() if number.isdecimal()]
     torn = []
-    for path in sorted(checkpoints, key=lambda path: int(numbers[path]), reverse=True):
-        missing = what_is_missing(path)
+    for folder in reversed(_checkpoints(output_dir)):
+        missing = what_is_missing(folder)
         if missing is None:
-            return path
-        torn.append(f"{path} ({missing})")
+            return folder
+        torn.append(f"{folder} ({missing})")
         logger.warning(f"Passing over the torn checkpoint {torn[-1]}.")
     raise ValueError(
         f"There is no complete checkpoint in {output_dir} to resume from. Torn ones: {', '.join(torn) or 'none'}."
     )
 
 
-def save_reference(folder: Path, parameters: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Save the reference's parameters, whole, from the main process; all processes take part."""
+def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """
+    Delete all but the `limit` checkpoints that were completed last, `keep` among them, and the torn ones.
+
+    Transformers' own counts a torn checkpoint as one, and can delete the only complete one for it.
+    """
+    if limit is None or limit <= 0:
+        return
+    protected = set(keep)
+    others = [folder for folder in _checkpoints(output_dir) if folder not in protected]
+    torn = [folder for folder in others if what_is_missing(folder) is not None]
+    # A run that was resumed from an early checkpoint has later ones of a run before
+    complete = sorted(
+        (folder for folder in others if folder not in torn), key=lambda folder: folder.stat().st_mtime_ns
+    )
+    for folder in [*torn, *complete[: max(len(complete) + len(protected) - limit, 0)]]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """By step."""
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output_dir.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def save_reference(folder: Path, parameters: dict[str, torch.Tensor], write: bool) -> None:
+    """Save the reference's parameters, whole, where `write`; all processes take part."""
     values = {}
     for name, parameter in parameters.items():
         value = whole(parameter)
-        if accelerator.is_main_process:
+        if write:
             values[name] = value
-    if accelerator.is_main_process:
-        save_file(values, folder / REFERENCE_NAME)
+    if values:
+        path = folder / REFERENCE_NAME
+        path.parent.mkdir(exist_ok=True)
+        save_file(values, path)
 
 
 def load_reference(folder: Path, parameters: dict[str, torch.Tensor]) -> None:

@@ -12,9 +12,9 @@ from ._upstream import SyncRefModelCallback, maybe_gather_lm_head_ctx
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a parameter's values on the CPU."""
     if isinstance(parameter, DTensor):
-        return parameter.full_tensor().detach().to("cpu", copy=True)
+        return parameter.full_tensor().detach().to("cpu", copy=True).contiguous()
     with maybe_gather_lm_head_ctx(cast(nn.Parameter, parameter)):
-        return parameter.detach().to("cpu", copy=True)
+        return parameter.detach().to("cpu", copy=True).contiguous()
 
 
 def assign_whole(parameter: torch.Tensor, values: torch.Tensor) -> None:

@@ -112,6 +112,8 @@ class GRPOExtTrainer(CheckpointedTrainer):
     def _prepare_reference(self) -> CachedReference | None:
         """See to it that the reference is right, and moves if it is to; the exact KL caches its states."""
         moves = self.args.sync_ref_model
+        if moves and self.is_fsdp_enabled and cast(Any, self.accelerator.state.fsdp_plugin).fsdp_version == 1:
+            raise ValueError("sync_ref_model does not know the flat parameters of FSDP1. Use fsdp_version: 2.")
         if self.beta != 0.0 and isinstance(self.model, PeftModel):
             prepare_adapter_reference(self.model, moves)
         cached = None
