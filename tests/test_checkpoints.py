@@ -131,7 +131,9 @@ def test_without_a_complete_checkpoint_the_error_names_the_torn_ones(run, tiny_m
     (run / "checkpoint-1" / "optimizer.pt").unlink()
     (run / "checkpoint-2" / MANIFEST_NAME).write_text('{"complete": false}')
     trainer = make("lora", tiny_model, None, run)
-    with pytest.raises(ValueError, match=r"checkpoint-2 \(the run ended.*checkpoint-1 \(optimizer.pt is missing"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 \(it is being written.*checkpoint-1 \(optimizer.pt is missing"
+    ):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no complete checkpoint in .*nowhere.*Torn ones: none"):
         newest_complete(run / "nowhere")

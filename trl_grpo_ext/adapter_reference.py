@@ -43,8 +43,8 @@ def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
         )
     if moves and (model.active_peft_config.is_prompt_learning or config["peft_type"] == PeftType.ADALORA):
         raise ValueError(
-            "sync_ref_model needs an adapter inside the layers (LoRA and its kind), of which the reference is a second "
-            f"one; {config['peft_type']} cannot be. Use sync_ref_model=False, or another PEFT method."
+            "sync_ref_model needs an adapter inside the layers (LoRA and its kind), beside which the reference is a "
+            f"second one; {config['peft_type']} is no such. Use sync_ref_model=False, or another PEFT method."
         )
     if moves and REFERENCE_ADAPTER not in model.peft_config:
         model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_POLICY_ADAPTER])

@@ -5,8 +5,8 @@ A checkpoint is written file by file, and a process can be killed between any tw
 `{"complete": false}` before the first and lists all files with their sizes after the last. A checkpoint without one is
 not of this package's making, and is complete if it has the file that transformers writes last.
 
-Beside what TRL saves there is `reference/`, where the reference cannot be had from elsewhere, and, in a checkpoint amid
-the updates on one generated batch, `batch_{rank}.pt` with that batch.
+Beside what TRL saves there is `reference/`, where the reference cannot be had from elsewhere, and, in a checkpoint
+amid the updates on one generated batch, `batch_{rank}.pt` with that batch.
 """
 
 import json
@@ -49,7 +49,7 @@ def batch_file(folder: Path, rank: int) -> Path:
 
 
 def open_checkpoint(folder: Path) -> None:
-    """Say of a checkpoint that it is not complete; of one that is written anew, remove what only this package wrote."""
+    """Say of a checkpoint that it is not complete; one that is written anew loses what only this package wrote."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_manifest(folder, {"complete": False})
     for path in (folder / REFERENCE_NAME, *folder.glob("batch_*.pt")):
@@ -85,7 +85,7 @@ def what_is_missing(folder: Path) -> str | None:
         if name == TRAINER_STATE_NAME:
             return None
         complete, sizes = content["complete"], content.get("files", {})
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return f"{name} is missing or torn"
     if not complete:
         return "it is being written, or the run ended while it was"
