@@ -3,7 +3,7 @@ The gradient of the fused head: what its forward keeps for its backward, and the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
@@ -139,21 +139,25 @@ class KeepExpected:
     """The gradients of the expected loss; the backward applies the factor, and corrects the tokens that differ."""
 
     def __init__(self, policy: HeadModel, wanted: Sequence[bool], expected: ExpectedGradients):
-        self.gradients = Gradients.zeros(policy, wanted)
+        self.gradients: Gradients | None = Gradients.zeros(policy, wanted)
         self.expected = expected
         self.loss_N2 = policy.hidden.new_empty(policy.hidden.shape[0], 2, dtype=policy.dtype)
 
     def block(self, block: Block) -> None:
-        tile = block.tile
+        tile, gradients = block.tile, cast(Gradients, self.gradients)
         g_logp, g_kl = (g.unsqueeze(-1) for g in self.expected(tile.rows.logp.squeeze(-1), block.rows))
         gradient = gradient_(tile, block.target, g_logp, g_kl)
-        self.gradients.add_block(block.product, sloped_(gradient, block.slope))
+        gradients.add_block(block.product, sloped_(gradient, block.slope))
         self.loss_N2[block.rows] = torch.cat([g_logp, g_kl], -1)
 
     def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
-        self.gradients.add_chunk(policy, rows, product)
+        cast(Gradients, self.gradients).add_chunk(policy, rows, product)
 
     def backward(self, policy, targets, loss, wanted):
+        # Given away, not copied: a weight's gradient is large. A second backward through one forward makes its own
+        gradients, self.gradients = self.gradients, None
+        if gradients is None:
+            return Gradients.zeros(policy, wanted), None, loss
         expected_N2 = self.loss_N2
         nothing = torch.zeros_like(expected_N2[:, :1])
         g_logp, g_entropy, g_kl = (nothing if g is None else g for g in loss)
@@ -164,7 +168,9 @@ class KeepExpected:
         missing_N2 = found_N2 - factor * expected_N2
         same_N2 = (missing_N2.abs() <= _SAME * found_N2.abs().amax(-1, keepdim=True)) & found_N2.isfinite()
         tokens = (~same_N2.all(-1) | (g_entropy != 0).squeeze(-1)).nonzero().squeeze(-1)
-        gradients = Gradients(*(None if x is None else x * factor for x in self.gradients))
+        for x in gradients:
+            if x is not None:
+                x.mul_(factor)
         return gradients, tokens, LossGradients(missing_N2[:, :1], loss.entropy, missing_N2[:, 1:])
 
 
