@@ -281,6 +281,73 @@ def test_bf16_is_no_worse_than_the_dense_version(autocast):
         assert root_mean_square(a, c) <= 1.1 * root_mean_square(b, c)
 
 
+@pytest.mark.parametrize("head", ["frozen", "trained", "expected"])
+def test_the_gradient_of_tokens_that_are_all_but_certain_is_no_worse_in_bf16(head):
+    p = problem(64, 32, 60, bias=False, dtype=torch.bfloat16)
+    p.weight = 10 * p.weight
+    p.targets = (p.hidden @ p.weight.T).argmax(-1)
+    p.mix[1:] = 0
+    rounded = SimpleNamespace(**vars(p))
+    truth, truth_leaves = dense(rounded)
+    assert truth.logp.exp().median() > 0.95
+    naive, naive_leaves = dense(rounded, torch.bfloat16)
+    leaves = [p.hidden.requires_grad_(), *([p.weight.requires_grad_()] if head == "trained" else [])]
+    ours = fused(p, **({"expected": expecting(p)} if head == "expected" else {}))
+    results = [gradients(x, p, y)[0] for x, y in ((ours, leaves), (naive, naive_leaves), (truth, truth_leaves))]
+    assert root_mean_square(results[0], results[2]) <= 1.2 * root_mean_square(results[1], results[2])
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
+def test_small_gradients_survive_fp16_when_the_loss_is_scaled(train_head):
+    p = problem(6, 16, 2000, bias=False)
+    p.mix[1] = 0
+    p.mix *= 3e-5
+    expected, expected_leaves = dense(p)
+    leaves = [p.hidden.requires_grad_(), *([p.weight.requires_grad_()] if train_head else [])]
+    with torch.autocast("cpu", torch.float16):
+        stats = fused(p, expected=expecting(p))
+    p.mix *= 2**16
+    found = gradients(stats, p, leaves)
+    for x, y in zip(found, gradients(expected, p, expected_leaves), strict=False):
+        assert worst(x, y) < 1e-2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_expected_may_be_anything(bad):
+    p = problem(7, 6, 50)
+    leaves, (reference, expected_leaves) = trained(p), dense(p)
+    right = expecting(p)
+
+    def expected(logp, rows):
+        return [g.clone().index_fill_(0, torch.tensor([0]), bad) for g in right(logp, rows)]
+
+    found = gradients(fused(p, expected=expected, logits_memory=3 * 9 * 50 * 4), p, leaves)
+    for x, y in zip(found, gradients(reference, p, expected_leaves), strict=True):
+        assert worst(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
+def test_a_gradient_that_is_small_beside_the_tokens_other_one_is_compared_by_itself(relative):
+    p = problem(7, 6, 50)
+    # Equal policies: the KL has a large weight and no gradient
+    p.ref_hidden = p.hidden.clone()
+    p.mix[0] *= 1e-5
+    leaves = trained(p)
+    stats = fused(p, expected=expecting(p))
+    p.mix[0] *= 1 + relative
+    truth, truth_leaves = dense(p)
+    for x, y in zip(gradients(stats, p, leaves), gradients(truth, p, truth_leaves), strict=True):
+        assert worst(x, y) < 1e-5
+
+
+def test_in_evaluation_no_gradient_is_prepared():
+    p = problem(8, 6, 5000, bias=False)
+    trained(p)
+    with torch.no_grad(), Projections() as forward:
+        fused(p, expected=expecting(p))
+    assert forward.gradients == 0 and forward.logits > 0
+
+
 def test_bf16_products_are_summed_over_the_chunks_without_rounding_each():
     p = problem(200, 4, 30)
     for name in ("hidden", "weight", "bias", "ref_hidden"):  # whole numbers: the logits are exact in bf16

@@ -80,6 +80,16 @@ def test_on_policy_every_loss_is_foretold(tiny_model, tmp_path, second_passes, c
     assert second_passes == []
 
 
+def test_a_float64_model_is_trained(tiny_model, tmp_path, second_passes):
+    options = {"beta": 0.1, "kl_estimator": "exact", "max_steps": 1}
+    rows = {"rollout_func": fixed_completions(LENGTHS)}
+    trainer = make_trainer(
+        GRPOExtTrainer, moved_policy(tiny_model).double(), outcome, tmp_path, trainer_options=rows, **options
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0 and second_passes == []
+
+
 @pytest.mark.parametrize(
     "config", [{"delta": 1.05, "num_iterations": 3}, {"top_entropy_quantile": 0.5}, {"entropy_coef": 0.1}]
 )

@@ -34,8 +34,8 @@ def discounted_returns(
     Discounted sum of this and all later rewards, at every token.
 
     `R_t = r_t + g_t R_{t+1}`, `R_T = 0`, with `g_t = gamma` at every token, or, given step ends, `gamma` where a step
-    ends and 1 elsewhere. A parallel scan in `O(log T)` tensor operations; no power of gamma is divided by, so none can
-    underflow into the result.
+    ends and 1 elsewhere. A parallel scan in `O(log T)` tensor operations. Nothing is divided by a power of gamma,
+    which may underflow.
 
     Args:
         rewards_NT (`torch.Tensor` of shape `(N, T)`):

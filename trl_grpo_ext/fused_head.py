@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .head_chunks import ExpectedGradients, Gathered, HeadOptions, head_models, matmul_dtype
-from .head_gradients import Gradients, LossGradients, add_second_pass, first_block, what_to_keep
+from .head_gradients import LossGradients, add_second_pass, first_block, what_to_keep
 from .logit_tiles import Rows
 
 
@@ -77,8 +77,8 @@ class _FusedTokenStats(torch.autograd.Function):
                 policy, reference = (model._replace(hidden=model.hidden[tokens]) for model in (policy, reference))
                 targets, rows_N9, rest = targets[tokens], rows_N9[tokens], rest.take(tokens)
             second = gradients
-            if tokens is not None:
-                second = gradients._replace(hidden=Gradients.zeros(policy, ctx.needs_input_grad[:3]).hidden)
+            if tokens is not None and gradients.hidden is not None:
+                second = gradients._replace(hidden=torch.zeros_like(policy.hidden, dtype=policy.dtype))
             if len(targets) and any(g is not None for g in rest):
                 add_second_pass(second, policy, reference, targets, Rows(*rows_N9.split(1, -1)), rest)
             if tokens is not None and gradients.hidden is not None:
@@ -201,13 +201,17 @@ def fused_token_stats_for_loss(
     Args:
         expected: from log-probabilities `(n,)` and the slice of their tokens to the gradients of the loss with respect
             to `logp` and `kl`, `(n,)` each, up to one factor for all N tokens. They decide about the speed only: the
-            backward compares them with what arrives, and makes good what differs.
+            backward compares them with what arrives, and makes good what differs. Not used with float16 products, in
+            which gradients underflow unless the loss has been scaled.
         gathered: from `weight` and `bias` to the context in which the backward finds them whole; in the forward they
             have to be.
     """
     _check_shapes(hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias)
     _check_options(temperature, softcap, logits_memory)
     dtype = matmul_dtype(hidden)
+    if not torch.is_grad_enabled():
+        # The function would prepare gradients for every input that requires one
+        hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     options = HeadOptions(temperature, logit_scale, softcap, dtype, logits_memory, expected, gathered)
     reference = (None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
     with torch.autocast(hidden.device.type, enabled=False):

@@ -11,8 +11,8 @@ from .head_chunks import ExpectedGradients, HeadModel, add_product_
 from .logit_tiles import Rows, Tile, gradient_, recomputed_gradient_, statistics_
 
 
-# Relative difference between two ways to compute the same gradient in float32
-_SAME = 64 * torch.finfo(torch.float32).eps
+# Between two ways to compute the same gradient
+_ROUNDINGS = 64
 
 
 def sloped_(gradient: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
@@ -103,35 +103,33 @@ class KeepNothing:
 
 class KeepBases:
     """
-    For a frozen head: the gradient to a token's hidden state is a combination of three vectors known in the forward.
+    For a frozen head: the gradient to a token's hidden state is a combination of two vectors known in the forward.
 
-    `g_logp (slope_target w_target - sum_v p_v slope_v w_v) + g_kl sum_v p_v (log_ratio_v - mean) slope_v w_v`.
+    `g_logp sum_v (1[v = target] - p_v) slope_v w_v + g_kl sum_v p_v (log_ratio_v - mean) slope_v w_v`. The target's
+    own term is in the sum, since in bfloat16 two sums would not cancel where p_target is close to 1.
     """
 
     def __init__(self, policy: HeadModel):
         shape = policy.hidden.shape
-        self.p_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
+        self.logp_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
         self.kl_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
-        self.target_slopes = policy.hidden.new_empty(shape[0], 1, dtype=policy.dtype)
 
     def block(self, block: Block) -> None:
         tile, slope = block.tile, block.slope
         block.product.copy_(sloped_(tile.log_ratio.sub_(tile.rows.mean_log_ratio).mul_(tile.p), slope))
-        block.ref_product.copy_(sloped_(tile.p, slope))
-        at_target = slope.gather(-1, block.target) if isinstance(slope, torch.Tensor) else slope
-        self.target_slopes[block.rows] = at_target
+        direction = tile.p.neg_().scatter_add_(-1, block.target, torch.ones_like(tile.rows.logp))
+        block.ref_product.copy_(sloped_(direction, slope))
 
     def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         add_product_(self.kl_basis[rows], product, policy.weight)
-        add_product_(self.p_basis[rows], ref_product, policy.weight)
+        add_product_(self.logp_basis[rows], ref_product, policy.weight)
 
     def backward(self, policy, targets, loss, wanted):
         hidden = torch.zeros_like(self.kl_basis)
         if loss.kl is not None:
             hidden.addcmul_(self.kl_basis, loss.kl)
         if loss.logp is not None:
-            direction = policy.weight[targets.squeeze(-1)] * self.target_slopes - self.p_basis
-            hidden.addcmul_(direction, loss.logp)
+            hidden.addcmul_(self.logp_basis, loss.logp)
         return Gradients(hidden, None, None), None, LossGradients(None, loss.entropy, None)
 
 
@@ -145,7 +143,9 @@ class KeepExpected:
 
     def block(self, block: Block) -> None:
         tile, gradients = block.tile, cast(Gradients, self.gradients)
-        g_logp, g_kl = (g.unsqueeze(-1) for g in self.expected(tile.rows.logp.squeeze(-1), block.rows))
+        foretold = self.expected(tile.rows.logp.squeeze(-1), block.rows)
+        # What is not finite could not be made good
+        g_logp, g_kl = (g.to(self.loss_N2.dtype).nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1) for g in foretold)
         gradient = gradient_(tile, block.target, g_logp, g_kl)
         gradients.add_block(block.product, sloped_(gradient, block.slope))
         self.loss_N2[block.rows] = torch.cat([g_logp, g_kl], -1)
@@ -166,7 +166,8 @@ class KeepExpected:
         kl_weight = expected_N2[:, 1:].where(expected_N2[:, 1:] != 0, torch.nan)
         factor = (g_kl / kl_weight).nanmedian().nan_to_num(1.0)
         missing_N2 = found_N2 - factor * expected_N2
-        same_N2 = (missing_N2.abs() <= _SAME * found_N2.abs().amax(-1, keepdim=True)) & found_N2.isfinite()
+        tolerance = _ROUNDINGS * torch.finfo(found_N2.dtype).eps
+        same_N2 = (missing_N2.abs() <= tolerance * found_N2.abs()) & found_N2.isfinite()
         tokens = (~same_N2.all(-1) | (g_entropy != 0).squeeze(-1)).nonzero().squeeze(-1)
         for x in gradients:
             if x is not None:
@@ -176,7 +177,9 @@ class KeepExpected:
 
 def what_to_keep(policy: HeadModel, wanted: Sequence[bool]) -> Keep:
     """For the gradients that are wanted, to hidden states, weight and bias, and what is expected of the loss."""
-    if policy.options.expected is not None and any(wanted):
+    # A half's gradient underflows unless the loss is scaled, by a factor that the forward does not know
+    is_half = policy.hidden.dtype == torch.float16
+    if policy.options.expected is not None and any(wanted) and not is_half:
         return KeepExpected(policy, wanted, policy.options.expected)
     return KeepBases(policy) if tuple(wanted) == (True, False, False) else KeepNothing()
 
