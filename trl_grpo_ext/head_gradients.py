@@ -138,7 +138,7 @@ class KeepExpected:
 
     def __init__(self, policy: HeadModel, wanted: Sequence[bool], expected: ExpectedGradients):
         self.gradients: Gradients | None = Gradients.zeros(policy, wanted)
-        self.expected = expected
+        self.expected, self.tolerance = expected, 0.0
         self.loss_N2 = policy.hidden.new_empty(policy.hidden.shape[0], 2, dtype=policy.dtype)
 
     def block(self, block: Block) -> None:
@@ -148,6 +148,7 @@ class KeepExpected:
         g_logp, g_kl = (g.to(self.loss_N2.dtype).nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1) for g in foretold)
         gradient = gradient_(tile, block.target, g_logp, g_kl)
         gradients.add_block(block.product, sloped_(gradient, block.slope))
+        self.tolerance = _ROUNDINGS * torch.finfo(foretold[0].dtype).eps
         self.loss_N2[block.rows] = torch.cat([g_logp, g_kl], -1)
 
     def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
@@ -166,8 +167,7 @@ class KeepExpected:
         kl_weight = expected_N2[:, 1:].where(expected_N2[:, 1:] != 0, torch.nan)
         factor = (g_kl / kl_weight).nanmedian().nan_to_num(1.0)
         missing_N2 = found_N2 - factor * expected_N2
-        tolerance = _ROUNDINGS * torch.finfo(found_N2.dtype).eps
-        same_N2 = (missing_N2.abs() <= tolerance * found_N2.abs()) & found_N2.isfinite()
+        same_N2 = (missing_N2.abs() <= self.tolerance * found_N2.abs()) & found_N2.isfinite()
         tokens = (~same_N2.all(-1) | (g_entropy != 0).squeeze(-1)).nonzero().squeeze(-1)
         for x in gradients:
             if x is not None:
