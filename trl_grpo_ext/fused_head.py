@@ -211,7 +211,7 @@ def fused_token_stats_for_loss(
     dtype = matmul_dtype(hidden)
     if not torch.is_grad_enabled():
         # The function would prepare gradients for every input that requires one
-        hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     options = HeadOptions(temperature, logit_scale, softcap, dtype, logits_memory, expected, gathered)
     reference = (None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
     with torch.autocast(hidden.device.type, enabled=False):
