@@ -263,7 +263,8 @@ def train_and_be_killed(tiny_model, folder):
     trainer.train(resume_from_checkpoint=started)
 
 
-KILLED = {"max_steps": ENDLESS, "save_total_limit": 2, "lr_scheduler_type": "constant"}
+# In one epoch: of a later one TRL's sampler gives a resumed run the prompts in another order
+KILLED = {"max_steps": ENDLESS, "save_total_limit": 2, "lr_scheduler_type": "constant", "prompt_repeats": 1000}
 
 
 def complete_steps(folder):

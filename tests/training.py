@@ -132,7 +132,14 @@ def shard_all(args: Any) -> None:
 
 
 def make_trainer(
-    trainer_class: type, model: Any, reward_funcs: Any, folder: Any, *, trainer_options: Any = None, **config: Any
+    trainer_class: type,
+    model: Any,
+    reward_funcs: Any,
+    folder: Any,
+    *,
+    trainer_options: Any = None,
+    prompt_repeats: int = 6,
+    **config: Any,
 ) -> Any:
     """A trainer on the CPU that logs every step; by default with plain SGD, unclipped, at a constant learning rate."""
     options = {
@@ -157,7 +164,7 @@ def make_trainer(
         model,
         reward_funcs,
         args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 6}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS * prompt_repeats}),
         **(trainer_options or {}),
     )
 
