@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -311,6 +311,28 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(accuracy=f"{accuracy:.2f}", kl=f"{kl:.4f}")
 
 
+def training_settings(args: QuickstartArguments) -> dict[str, Any]:
+    """What is TRL's, and not special to this package."""
+    return {
+        # Decays to 0: a policy this small is not stable at a rate that it learns well at
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "linear",
+        "max_steps": args.max_steps,
+        "num_generations": args.num_generations,
+        "per_device_train_batch_size": args.num_prompts * args.num_generations // PartialState().num_processes,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "output_dir": args.output_dir,
+        "seed": args.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+
+
 def grpo_config(args: QuickstartArguments) -> GRPOExtConfig:
     """The settings of GRPO; the numbered ones are those of the list at the top of this file."""
     return GRPOExtConfig(
@@ -319,32 +341,17 @@ def grpo_config(args: QuickstartArguments) -> GRPOExtConfig:
         gamma=0.8,  # 3
         kl_estimator="exact",  # 4
         beta=0.01,
-        # Decays to 0: a policy this small is not stable at a rate that it learns well at
-        learning_rate=3e-4,
-        lr_scheduler_type="linear",
-        max_steps=args.max_steps,
-        num_generations=args.num_generations,
-        per_device_train_batch_size=args.num_prompts * args.num_generations // PartialState().num_processes,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        output_dir=args.output_dir,
-        seed=args.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.accelerator.is_available(),
+        **training_settings(args),
     )
 
 
-def make_trainer(args: QuickstartArguments, policy_folder: Path, problems: list[str]) -> GRPOExtTrainer:
+def make_trainer(config: GRPOExtConfig, policy: Path, problems: list[str], reward_funcs: list[Any]) -> GRPOExtTrainer:
     trainer = GRPOExtTrainer(
         # A path, because the reference of the KL is loaded from the same place
-        model=str(policy_folder),
+        model=str(policy),
         processing_class=TOKENIZER,
-        reward_funcs=[judge_steps, judge_answer],
-        args=grpo_config(args),
+        reward_funcs=reward_funcs,
+        args=config,
         train_dataset=Dataset.from_dict({"prompt": problems}),
     )
     trainer.remove_callback(ProgressCallback)
@@ -433,7 +440,7 @@ def main(args: QuickstartArguments) -> None:
         TOKENIZER.save_pretrained(warmed_up)
     state.wait_for_everyone()
 
-    trainer = make_trainer(args, warmed_up, problems.grpo)
+    trainer = make_trainer(grpo_config(args), warmed_up, problems.grpo, [judge_steps, judge_answer])
     trainer.train()
     trainer.save_model(str(Path(args.output_dir) / "policy"))
 

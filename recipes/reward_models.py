@@ -53,15 +53,16 @@ from quickstart import (
     NUM_OPERATIONS,
     STEP_END,
     TOKENIZER,
-    ProgressBar,
     QuickstartArguments,
     Score,
     evaluate,
     judge_answer,
     judge_steps,
+    make_trainer,
     print_table,
     split_problems,
     terms_of,
+    training_settings,
     warm_up,
     worked_solution,
 )
@@ -75,7 +76,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    ProgressCallback,
     Qwen3Config,
     Qwen3ForSequenceClassification,
     Qwen3ForTokenClassification,
@@ -85,7 +85,7 @@ from transformers import (
 )
 from trl import TrlParser
 
-from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel
+from trl_grpo_ext import GRPOExtConfig, OutcomeRewardModel, ProcessRewardModel
 from trl_grpo_ext.rewards.presets import Preset
 from trl_grpo_ext.rewards.segmentation import split_text
 
@@ -353,38 +353,8 @@ def grpo_config(args: RewardModelArguments, sources: list[Source]) -> GRPOExtCon
         reward_batch_tokens=8192,
         kl_estimator="exact",
         beta=0.01,
-        # As in the quickstart
-        learning_rate=3e-4,
-        lr_scheduler_type="linear",
-        max_steps=args.max_steps,
-        num_generations=args.num_generations,
-        per_device_train_batch_size=args.num_prompts * args.num_generations // PartialState().num_processes,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        output_dir=args.output_dir,
-        seed=args.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.accelerator.is_available(),
+        **training_settings(args),
     )
-
-
-def make_trainer(args: RewardModelArguments, policy: Path, problems: list[str], functions: dict) -> GRPOExtTrainer:
-    chosen = {functions[name]: SOURCES[name] for name in args.sources} | WATCHED
-    trainer = GRPOExtTrainer(
-        # A path, because the reference of the KL is loaded from the same place
-        model=str(policy),
-        processing_class=TOKENIZER,
-        reward_funcs=list(chosen),
-        args=grpo_config(args, list(chosen.values())),
-        train_dataset=Dataset.from_dict({"prompt": problems}),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressBar)
-    return trainer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,7 +475,10 @@ def main(args: RewardModelArguments) -> None:
     caught = caught_mistakes(prm, problems.held_out, rng)
     before = evaluate(policy, problems.held_out)
     with timed(seconds, "GRPO"):
-        trainer = make_trainer(args, folder / "warmed_up", problems.grpo, {"prm": prm, "orm": orm, "rule": rule})
+        functions = {"prm": prm, "orm": orm, "rule": rule}
+        sources = {functions[name]: SOURCES[name] for name in args.sources} | WATCHED
+        config = grpo_config(args, list(sources.values()))
+        trainer = make_trainer(config, folder / "warmed_up", problems.grpo, list(sources))
         trainer.train()
     trainer.save_model(str(folder / "policy"))
     judge("trained policy", sample_solutions(trainer.model, problems.held_out))

@@ -50,7 +50,7 @@ def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
         model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_POLICY_ADAPTER])
     if REFERENCE_ADAPTER not in model.peft_config:
         return
-    for reference, policy in _pairs(_parameters(model)).values():
+    for reference, policy in _pairs(model).values():
         # Other than by `copy_` it takes the dtype too
         reference.data = policy.data.clone()
     for name, module in model.named_modules():
@@ -62,7 +62,7 @@ def adapter_reference(model: PeftModel) -> dict[str, torch.Tensor]:
     """The frozen adapter's parameters by name; none where the reference is the model without its adapter."""
     if REFERENCE_ADAPTER not in model.peft_config:
         return {}
-    return {name: reference for name, (reference, _) in _pairs(_parameters(model)).items()}
+    return {name: reference for name, (reference, _) in _pairs(model).items()}
 
 
 def move_adapter_reference(model: PeftModel, alpha: float) -> None:
@@ -71,19 +71,15 @@ def move_adapter_reference(model: PeftModel, alpha: float) -> None:
 
     It is parameters that are mixed, as by TRL's callback for whole models: of LoRA, A and B each.
     """
-    references, policies = zip(*_pairs(_parameters(model)).values(), strict=True)
+    references, policies = zip(*_pairs(model).values(), strict=True)
     SyncRefModelCallback.sync_target_model(nn.ParameterList(policies), nn.ParameterList(references), alpha)
 
 
-def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
-def _pairs(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The tensors of both adapters, reference and policy, by the name of the reference's."""
-    pairs = {}
-    for name, policy in tensors.items():
+def _pairs(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """The parameters of both adapters, reference and policy, by the name of the reference's."""
+    parameters, pairs = dict(model.named_parameters(remove_duplicate=False)), {}
+    for name, policy in parameters.items():
         reference_name = re.sub(rf"\.{_POLICY_ADAPTER}(?=\.|$)", f".{REFERENCE_ADAPTER}", name)
         if reference_name != name:
-            pairs[reference_name] = (tensors[reference_name], policy)
+            pairs[reference_name] = (parameters[reference_name], policy)
     return pairs
