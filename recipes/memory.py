@@ -37,8 +37,8 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from trl_grpo_ext import GRPOExtConfig
-from trl_grpo_ext.rewards.heads import Heads
-from trl_grpo_ext.rewards.presets import find_preset
+from trl_grpo_ext.reward_models.heads import Heads
+from trl_grpo_ext.reward_models.presets import find_preset
 
 
 GIB = 2**30

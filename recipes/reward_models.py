@@ -86,8 +86,8 @@ from transformers import (
 from trl import TrlParser
 
 from trl_grpo_ext import GRPOExtConfig, OutcomeRewardModel, ProcessRewardModel
-from trl_grpo_ext.rewards.presets import Preset
-from trl_grpo_ext.rewards.segmentation import split_text
+from trl_grpo_ext.reward_models.presets import Preset
+from trl_grpo_ext.steps.segmentation import split_text
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import distributed_worker
-from tests.distributed_worker import CASES, LOSSES, WEIGHTS
-from tests.launching import launch
-from tests.training import assert_same_gradients
+from tests.support import distributed_worker
+from tests.support.distributed_worker import CASES, LOSSES, WEIGHTS
+from tests.support.launching import launch
+from tests.support.training import assert_same_gradients
 
 
 pytestmark = pytest.mark.distributed
@@ -48,7 +48,7 @@ def one(models, tmp_path_factory):
 def two(models, tmp_path_factory, request):
     """The sharding, and what each of two processes sees, for every case that it is run with."""
     folder = tmp_path_factory.mktemp(request.param)
-    launch(request.param, "tests.distributed_worker", str(models), str(folder), *SHARDINGS[request.param][1])
+    launch(request.param, "tests.support.distributed_worker", str(models), str(folder), *SHARDINGS[request.param][1])
     return request.param, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

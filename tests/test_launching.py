@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from tests.launching import launch
+from tests.support.launching import launch
 
 
 pytestmark = pytest.mark.distributed

@@ -16,24 +16,26 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 
 # Formulas that can be read and tested without TRL
 PURE = [
-    "advantages.py",
-    "aggregation.py",
-    "fused_head.py",
-    "head_chunks.py",
-    "head_gradients.py",
-    "logit_tiles.py",
-    "importance.py",
-    "kl.py",
+    "advantages/combine.py",
+    "advantages/estimators.py",
+    "advantages/normalization.py",
+    "advantages/returns.py",
+    "kl/estimates.py",
+    "kl/fused/chunks.py",
+    "kl/fused/gradients.py",
+    "kl/fused/tiles.py",
+    "kl/fused/token_stats.py",
+    "loss.py",
     "metrics.py",
-    "reduction.py",
-    "rewards/protocols.py",
+    "reward_models/readings.py",
+    "reward_models/remote/protocols.py",
     "rewards/transforms.py",
     "rewards/types.py",
 ]
 MAY_USE_UPSTREAM = [
-    *("adapter_reference.py", "checkpointed_trainer.py", "config.py", "policy_forward.py", "reference.py"),
-    *("sharding.py", "trainer.py"),
-    *("rewards/backbone.py", "rewards/sources.py"),
+    *("checkpoints/trainer.py", "config.py", "distributed.py", "trainer.py"),
+    *("kl/cached_reference.py", "kl/model_forward.py", "kl/reference.py"),
+    *("reward_models/backbone.py", "rewards/sources.py"),
 ]
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common
 MAY_ASK_FOR_ATTRIBUTES = {"rewards/sources.py": ["getattr"], "rewards/types.py": ["hasattr"]}
@@ -89,8 +91,8 @@ def test_a_pure_module_imports_torch_the_standard_library_and_pure_modules(modul
 
 
 def test_trl_is_imported_in_one_place_and_reached_through_it():
-    assert [name for name, path in MODULES.items() if "trl" in roots(path)] == ["_upstream.py"]
-    users = [name for name, path in MODULES.items() if "_upstream.py" in imports(path)]
+    assert [name for name, path in MODULES.items() if "trl" in roots(path)] == ["_trl.py"]
+    users = [name for name, path in MODULES.items() if "_trl.py" in imports(path)]
     assert set(users) <= set(MAY_USE_UPSTREAM)
 
 
@@ -108,7 +110,7 @@ def test_no_function_is_longer_than_75_lines(module):
     assert {name: length for name, length in lengths.items() if length > 75} == {}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "_upstream.py"])
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "_trl.py"])
 def test_nothing_is_asked_of_an_object_that_upstream_has_checked(module):
     calls = [n.func for n in ast.walk(tree(MODULES[module])) if isinstance(n, ast.Call)]
     called = [function.id for function in calls if isinstance(function, ast.Name)]

@@ -20,7 +20,7 @@ Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `
 """
 
 from .config import GRPOExtConfig
-from .rewards.models import OutcomeRewardModel, ProcessRewardModel
+from .reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from .rewards.types import StepRewards
 from .trainer import GRPOExtTrainer
 

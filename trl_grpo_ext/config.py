@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from ._upstream import ADVANTAGE_EPS, GRPOConfig
-from .fused_head import LOGITS_MEMORY
+from ._trl import ADVANTAGE_EPS, GRPOConfig
+from .kl.fused.token_stats import LOGITS_MEMORY
 from .rewards.transforms import parse_transform
 
 

@@ -7,14 +7,24 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ._upstream import ADVANTAGE_EPS, GRPOTrainer, SyncRefModelCallback, get_config_model_id
-from .adapter_reference import adapter_reference, move_adapter_reference, prepare_adapter_reference
-from .aggregation import process_advantages
-from .checkpointed_trainer import CheckpointedTrainer
-from .collectives import gather, gather_tokens, local_rows, total
+from ._swapped import swapped
+from ._trl import ADVANTAGE_EPS, GRPOTrainer, SyncRefModelCallback, get_config_model_id
+from .advantages.combine import process_advantages
+from .checkpoints.trainer import CheckpointedTrainer
 from .config import GRPOExtConfig
-from .importance import ExpectedLoss, importance_ratio, sequence_token_old_logps
-from .kl import kl_estimate, weight_by_ratio
+from .distributed import gather, gather_tokens, local_rows, total
+from .kl.cached_reference import CachedReference, OnSync
+from .kl.estimates import kl_estimate, weight_by_ratio
+from .kl.model_forward import ModelCall
+from .kl.reference import adapter_reference, move_adapter_reference, prepare_adapter_reference
+from .loss import (
+    CLIPPED_LOSSES,
+    ExpectedLoss,
+    importance_ratio,
+    reduce_tokens,
+    sequence_token_old_logps,
+    token_weights,
+)
 from .metrics import (
     completion_means,
     outcome_correlations,
@@ -24,14 +34,10 @@ from .metrics import (
     unscored_shares,
     withheld_shares,
 )
-from .policy_forward import ModelCall
-from .reduction import CLIPPED_LOSSES, reduce_tokens, token_weights
-from .reference import CachedReference, OnSync
+from .reward_models.opening import open_reward_models
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
-from .rewards.models import open_reward_models
 from .rewards.sources import RewardSource, read_model_rewards, wrap_source
 from .rewards.types import place_rewards
-from .swapped import swapped
 
 
 class GRPOExtTrainer(CheckpointedTrainer):

@@ -30,7 +30,7 @@ from measuring import (
 from rich.console import Console
 from rich.progress import track
 
-from trl_grpo_ext.advantages import discounted_returns
+from trl_grpo_ext.advantages.returns import discounted_returns
 
 
 GAMMA = 0.99

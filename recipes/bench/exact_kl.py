@@ -34,7 +34,7 @@ from rich.progress import track
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from trl_grpo_ext.fused_head import fused_token_stats, fused_token_stats_for_loss
+from trl_grpo_ext.kl.fused.token_stats import fused_token_stats, fused_token_stats_for_loss
 
 
 # Tokens, hidden size, vocabulary

@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from trl_grpo_ext import ProcessRewardModel
-from trl_grpo_ext.rewards.alignment import align_tokens
-from trl_grpo_ext.rewards.segmentation import Segmentation, segment
+from trl_grpo_ext.steps.alignment import align_tokens
+from trl_grpo_ext.steps.segmentation import Segmentation, segment
 
 
 BATCH_TOKENS = 4096

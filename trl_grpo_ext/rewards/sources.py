@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .._upstream import is_async_callable
-from .batching import TokenBatchedModel
+from .._trl import is_async_callable
+from ..reward_models.batching import TokenBatchedModel
 from .transforms import transform_reward
 from .types import PreparedSource, Reward, StepRewards, check_finite, is_list_like, plain, read_reward
 

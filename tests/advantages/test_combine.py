@@ -1,0 +1,431 @@
+"""Several reward sources: the oracle for every combination of options, what must be ignored, and what must commute."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support import oracles
+from trl_grpo_ext.advantages.combine import process_advantages
+
+
+ESTIMATORS = ["position-all", "position-active", "pooled", "step", "min"]
+SCALES = ["group", "batch", "none"]
+ORDERS = ["sum_then_normalize", "normalize_then_sum"]
+UNITS = ["token", "step"]
+
+few = settings(derandomize=True, deadline=None, max_examples=12)
+every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+every_scale = pytest.mark.parametrize("scale", SCALES)
+every_order = pytest.mark.parametrize("order", ORDERS)
+every_unit = pytest.mark.parametrize("unit", UNITS)
+
+
+class Batch:
+    """A random batch of K sources with its weights and discounts; `run` and `oracle` take the same options."""
+
+    def __init__(self, seed, sources, groups, group_size, length):
+        self.rng = np.random.default_rng(seed)
+        self.group_size = group_size
+        self.rewards, self.mask = oracles.ragged_batch(self.rng, sources, groups, group_size, length)
+        self.weights = self.rng.choice([-0.5, 0.25, 1.0, 2.0], size=sources)
+        self.gammas = self.rng.choice([0.0, 0.5, 0.9, 1.0], size=sources).tolist()
+        self.eps = float(self.rng.choice([1e-8, 1e-4, 0.1]))
+
+    def options(self, estimator, scale="group", order="sum_then_normalize", unit="token"):
+        estimator, _, baseline = estimator.partition("-")
+        one_gamma = order == "sum_then_normalize" and estimator in ("pooled", "step")
+        return {
+            "estimator": estimator,
+            "gamma": self.gammas[0] if one_gamma else self.gammas,
+            "gamma_unit": unit,
+            "baseline": baseline or "all",
+            "aggregation": order,
+            "scale": scale,
+            "eps": self.eps,
+        }
+
+    def run(self, options, rewards=None, mask=None, weights=None, group_size=None):
+        advantages = process_advantages(
+            torch.tensor(self.rewards if rewards is None else rewards),
+            torch.tensor(self.mask if mask is None else mask),
+            torch.tensor(self.weights if weights is None else weights),
+            group_size or self.group_size,
+            **options,
+        )
+        return advantages.numpy()
+
+    def oracle(self, options):
+        return oracles.process_advantages(self.rewards, self.mask, self.weights, self.group_size, **options)
+
+
+batches = st.builds(
+    Batch,
+    seed=st.integers(0, 2**32 - 1),
+    sources=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    group_size=st.integers(1, 5),
+    length=st.integers(1, 8),
+)
+
+
+# Oracles
+
+
+@every_unit
+@every_order
+@every_scale
+@every_estimator
+@few
+@given(batch=batches)
+def test_equals_the_oracle(batch, estimator, scale, order, unit):
+    options = batch.options(estimator, scale, order, unit)
+    np.testing.assert_allclose(batch.run(options), batch.oracle(options), rtol=0, atol=1e-10)
+
+
+@every_order
+@every_estimator
+def test_equals_the_oracle_in_float32_on_a_large_batch(estimator, order):
+    batch = Batch(seed=0, sources=3, groups=4, group_size=8, length=200)
+    batch.eps = 1e-4
+    batch.weights = batch.weights.astype(np.float32)
+    options = batch.options(estimator, "group", order, "step")
+    advantages = batch.run(options, rewards=batch.rewards.astype(np.float32))
+    np.testing.assert_allclose(advantages, batch.oracle(options), rtol=1e-4, atol=1e-4)
+
+
+def test_worked_example_sum_of_two_sources_with_their_own_gammas():
+    """Returns 2 * [0.5, 1] + 3 * [1, 0] = [4, 2] against 0; the source missing for the second completion counts 0."""
+    rewards = np.array([[[np.nan, 1.0], [np.nan, 0.0]], [[1.0, np.nan], [np.nan, np.nan]]])
+    options = {"estimator": "position", "gamma": [0.5, 0.0], "scale": "none"}
+    for function in (process_advantages, oracles.process_advantages):
+        inputs = (rewards, np.ones((2, 2)), np.array([2.0, 3.0]))
+        inputs = [torch.tensor(x) for x in inputs] if function is process_advantages else inputs
+        np.testing.assert_allclose(np.asarray(function(*inputs, 2, **options)), [[2, 1], [-2, -1]], atol=1e-12)
+
+
+def test_worked_example_batch_step_counts_every_completion_once():
+    """Pooled values [0, h] and [-h], h = sqrt(1/2), weights 1/2, 1/2, 1: mean -h/4, variance 11/16."""
+    rewards = np.array([[[np.nan, 1.0], [0.0, np.nan]]])
+    options = {"estimator": "pooled", "gamma": 0.0, "aggregation": "normalize_then_sum", "eps": 0.0}
+    expected = np.array([[0.25, 1.25], [-0.75, 0]]) * np.sqrt(0.5) / np.sqrt(11 / 16)
+    for function in (process_advantages, oracles.process_advantages):
+        inputs = (rewards, np.array([[1, 1], [1, 0]]), np.array([1.0]))
+        inputs = [torch.tensor(x) for x in inputs] if function is process_advantages else inputs
+        np.testing.assert_allclose(np.asarray(function(*inputs, 2, **options)), expected, atol=1e-12)
+
+
+# What must be ignored
+
+
+@every_order
+@every_estimator
+@few
+@given(batch=batches, scale=st.sampled_from(SCALES), unit=st.sampled_from(UNITS))
+def test_poison_outside_the_mask_changes_no_bit(batch, estimator, scale, unit, order):
+    options = batch.options(estimator, scale, order, unit)
+    clean = batch.run(options, rewards=np.where(batch.mask, batch.rewards, np.nan))
+    for poison in (1e4, -1e4, np.nan, np.inf, -np.inf):
+        poisoned = batch.run(options, rewards=np.where(batch.mask, batch.rewards, poison))
+        assert np.array_equal(poisoned, clean)
+    assert not clean[batch.mask == 0].any()
+
+
+@every_order
+@every_estimator
+@few
+@given(batch=batches, scale=st.sampled_from(SCALES), unit=st.sampled_from(UNITS))
+def test_padding_columns_change_nothing(batch, estimator, scale, unit, order):
+    options = batch.options(estimator, scale, order, unit)
+    length = batch.mask.shape[1]
+    rewards = np.pad(batch.rewards, ((0, 0), (0, 0), (0, 5)), constant_values=1e4)
+    padded = batch.run(options, rewards=rewards, mask=np.pad(batch.mask, ((0, 0), (0, 5))))
+    np.testing.assert_allclose(padded[:, :length], batch.run(options), rtol=0, atol=1e-12)
+    assert not padded[:, length:].any()
+
+
+@every_order
+@every_estimator
+@few
+@given(batch=batches, scale=st.sampled_from(SCALES), unit=st.sampled_from(UNITS))
+def test_masked_tokens_in_the_middle_change_nothing(batch, estimator, scale, unit, order):
+    """Tool output between a completion's own tokens: at different places in each completion."""
+    options = batch.options(estimator, scale, order, unit)
+    sources, count, length = batch.rewards.shape
+    rewards = np.full((sources, count, length + 4), 1e4)
+    mask = np.zeros((count, length + 4), dtype=np.int64)
+    slots = np.stack([np.sort(batch.rng.permutation(length + 4)[:length]) for _ in range(count)])
+    np.put_along_axis(mask, slots, batch.mask, axis=1)
+    for k in range(sources):
+        np.put_along_axis(rewards[k], slots, batch.rewards[k], axis=1)
+    advantages = batch.run(options, rewards=rewards, mask=mask)
+    kept = np.take_along_axis(advantages, slots, axis=1)
+    np.testing.assert_allclose(kept, batch.run(options), rtol=0, atol=1e-12)
+
+
+@every_order
+@every_estimator
+@few
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from(SCALES), sources=st.integers(1, 3))
+def test_an_unjudged_completion_is_as_if_absent(seed, estimator, scale, sources, order):
+    batch = Batch(seed, sources, groups=3, group_size=4, length=6)
+    absent = np.array([batch.rng.integers(4) + 4 * group for group in range(3)])
+    # It has loss tokens, so only the missing rewards can keep it out of the statistics.
+    batch.mask[absent] = 1
+    batch.rewards[:, absent] = np.nan
+    options = batch.options(estimator, scale, order)
+    advantages = batch.run(options)
+    assert not advantages[absent].any()
+    without = batch.run(
+        options,
+        rewards=np.delete(batch.rewards, absent, axis=1),
+        mask=np.delete(batch.mask, absent, axis=0),
+        group_size=3,
+    )
+    np.testing.assert_allclose(np.delete(advantages, absent, axis=0), without, rtol=0, atol=1e-12)
+
+
+@every_estimator
+def test_a_missing_source_is_left_out_of_that_completion_only(estimator):
+    """Under "normalize_then_sum" a source's group statistics are those of the completions that it judges."""
+    batch = Batch(seed=5, sources=2, groups=1, group_size=4, length=5)
+    batch.mask[:] = 1
+    batch.rewards = batch.rng.normal(size=batch.rewards.shape)
+    batch.rewards[1, 2:] = np.nan
+    batch.weights = np.array([0.0, 1.0])
+    advantages = batch.run(batch.options(estimator, order="normalize_then_sum"))
+    of_pair = batch.run(
+        batch.options(estimator) | {"gamma": batch.gammas[1]},
+        rewards=batch.rewards[1:, :2],
+        mask=batch.mask[:2],
+        weights=batch.weights[1:],
+        group_size=2,
+    )
+    before_batch_step = np.concatenate([of_pair, np.zeros((2, 5))])
+    mean, std, _ = oracles.moments([(x, 0.2) for x in before_batch_step.ravel()])
+    np.testing.assert_allclose(advantages, (before_batch_step - mean) / (std + batch.eps), atol=1e-10)
+
+
+@every_order
+@every_scale
+@every_estimator
+def test_sources_that_cancel_give_exactly_zero(estimator, scale, order):
+    """Weights 0.1 + 0.2 - 0.3 of one and the same source leave 1e-17, in the sum and in TRL's batch step."""
+    batch = Batch(seed=1, sources=1, groups=2, group_size=4, length=6)
+    batch.rewards, batch.weights = np.repeat(batch.rewards, 3, axis=0), np.array([0.1, 0.2, -0.3])
+    batch.gammas, batch.eps = [0.9] * 3, 1e-8
+    options = batch.options(estimator, scale, order)
+    assert not batch.run(options).any()
+    assert batch.run(options, weights=np.array([0.1, 0.2, -0.2])).any()
+
+
+# What must commute
+
+
+@every_order
+@every_estimator
+@few
+@given(batch=batches, scale=st.sampled_from(SCALES), unit=st.sampled_from(UNITS))
+def test_permuting_completions_groups_and_sources_permutes_the_advantages(batch, estimator, scale, unit, order):
+    options = batch.options(estimator, scale, order, unit)
+    advantages = batch.run(options)
+    sources, count, _ = batch.rewards.shape
+    groups = np.arange(count).reshape(-1, batch.group_size)
+    rows = batch.rng.permuted(batch.rng.permutation(groups), axis=1).ravel()
+    permuted = batch.run(options, rewards=batch.rewards[:, rows], mask=batch.mask[rows])
+    np.testing.assert_allclose(permuted, advantages[rows], rtol=0, atol=1e-10)
+    order_of_sources = batch.rng.permutation(sources)
+    if isinstance(options["gamma"], list):
+        options["gamma"] = [options["gamma"][k] for k in order_of_sources]
+    permuted = batch.run(options, rewards=batch.rewards[order_of_sources], weights=batch.weights[order_of_sources])
+    np.testing.assert_allclose(permuted, advantages, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+@every_estimator
+@few
+@given(batch=batches, unit=st.sampled_from(UNITS))
+def test_groups_do_not_touch_each_other(batch, estimator, scale, unit):
+    """Each group alone gives what it gives in the batch; so every group is discounted, not only the first."""
+    batch.gammas = [0.5] * len(batch.gammas)
+    options = batch.options(estimator, scale, unit=unit)
+    together = batch.run(options)
+    for start in range(0, len(together), batch.group_size):
+        rows = slice(start, start + batch.group_size)
+        alone = batch.run(options, rewards=batch.rewards[:, rows], mask=batch.mask[rows])
+        np.testing.assert_allclose(together[rows], alone, rtol=0, atol=1e-12)
+
+
+# Reductions
+
+
+def outcome_batch(seed, lengths, sources=3, missing=0.25):
+    """Outcome rewards `(N, K)`, some None, and the same rewards on the last token of completions of these lengths."""
+    rng = np.random.default_rng(seed)
+    rewards_NK = np.round(rng.normal(size=(len(lengths), sources)), 2)
+    rewards_NK[rng.random(rewards_NK.shape) < missing] = np.nan
+    rewards_KNT = np.full((sources, len(lengths), max(lengths)), np.nan)
+    for i, length in enumerate(lengths):
+        rewards_KNT[:, i, length - 1] = rewards_NK[i]
+    mask = (np.arange(max(lengths)) < np.asarray(lengths)[:, None]).astype(np.int64)
+    return rewards_NK, torch.tensor(rewards_KNT), torch.tensor(mask)
+
+
+@every_order
+@every_scale
+@pytest.mark.parametrize("estimator", ["position-all", "position-active", "pooled", "step"])
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_reduces_to_trl_outcome_advantages_with_one_token(group_size, estimator, scale, order):
+    weights = np.array([1.0, -0.5, 2.0])
+    estimator, _, baseline = estimator.partition("-")
+    for seed in range(5):
+        rewards_NK, rewards, mask = outcome_batch(seed, [1] * 12)
+        advantages = process_advantages(
+            rewards,
+            mask,
+            torch.tensor(weights),
+            group_size,
+            estimator=estimator,
+            gamma=0.99,
+            baseline=baseline or "all",
+            aggregation=order,
+            scale=scale,
+        )
+        expected = oracles.trl_outcome_advantages(rewards_NK, weights, group_size, order, scale)
+        np.testing.assert_allclose(advantages[:, 0].numpy(), expected, atol=1e-10)
+
+
+@every_unit
+@every_order
+@every_scale
+@pytest.mark.parametrize("estimator", ["pooled", "step"])
+def test_reduces_to_trl_for_outcome_rewards_pooled_gamma_one(estimator, scale, order, unit):
+    """At gamma = 1 an outcome reward gives TRL's scalar at every token, whatever the lengths."""
+    weights = np.array([1.0, -0.5, 2.0])
+    lengths = [3, 7, 1, 5, 2, 2, 6, 4, 7, 1, 1, 3]
+    for seed in range(5):
+        rewards_NK, rewards, mask = outcome_batch(seed, lengths)
+        advantages = process_advantages(
+            rewards,
+            mask,
+            torch.tensor(weights),
+            4,
+            estimator=estimator,
+            gamma=1.0,
+            gamma_unit=unit,
+            aggregation=order,
+            scale=scale,
+        )
+        expected = oracles.trl_outcome_advantages(rewards_NK, weights, 4, order, scale)
+        np.testing.assert_allclose(advantages.numpy(), expected[:, None] * mask.numpy(), atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [[6] * 8, [6, 2, 4, 1, 5, 6, 3, 3]])
+def test_position_reduces_to_seed_document(lengths):
+    rng = np.random.default_rng(9)
+    rewards, weights = rng.normal(size=(2, 8, 6)), np.array([0.7, 1.3])
+    mask = (np.arange(6) < np.asarray(lengths)[:, None]).astype(np.int64)
+    advantages = process_advantages(
+        torch.tensor(rewards),
+        torch.tensor(mask),
+        torch.tensor(weights),
+        4,
+        estimator="position",
+        gamma=0.99,
+        baseline="all",
+        aggregation="sum_then_normalize",
+        scale="group",
+        eps=1e-8,
+    )
+    expected = oracles.seed_process_advantages(rewards, mask, weights, 4, gamma=0.99) * mask
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-10)
+
+
+# Inputs
+
+
+@every_order
+@every_estimator
+def test_inputs_are_not_modified(estimator, order):
+    batch = Batch(seed=3, sources=2, groups=2, group_size=3, length=6)
+    tensors = [torch.tensor(x) for x in (batch.rewards, batch.mask, batch.weights)]
+    copies = [x.clone() for x in tensors]
+    process_advantages(*tensors, 3, **batch.options(estimator, order=order))
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(torch.nan_to_num(tensor, nan=7.0), torch.nan_to_num(copy, nan=7.0))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
+def test_the_mask_may_be_bool_int_or_float(kind):
+    batch = Batch(seed=3, sources=2, groups=2, group_size=3, length=6)
+    options = batch.options("position-all")
+    advantages = process_advantages(
+        torch.tensor(batch.rewards), torch.tensor(batch.mask).to(kind), torch.tensor(batch.weights), 3, **options
+    )
+    np.testing.assert_allclose(advantages.numpy(), batch.oracle(options), atol=1e-10)
+
+
+SHAPES = {"rewards": (2, 6, 5), "mask": (6, 5), "weights": (2,)}
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("rewards", (6, 5), r"6, ?5"),
+        ("rewards", (2, 7, 5), r"7, ?5"),
+        ("mask", (6, 9), r"6, ?9"),
+        ("mask", (30,), r"30"),
+        ("weights", (3,), r"3"),
+        ("weights", (2, 1), r"2, ?1"),
+    ],
+)
+def test_a_wrong_shape_is_named(name, shape, message):
+    tensors = {key: torch.ones(shape if key == name else size) for key, size in SHAPES.items()}
+    with pytest.raises(ValueError, match=message):
+        process_advantages(*tensors.values(), 3, estimator="position", gamma=0.9)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_a_group_size_that_does_not_divide_is_named(group_size):
+    with pytest.raises(ValueError, match=rf"{group_size}"):
+        process_advantages(*[torch.ones(s) for s in SHAPES.values()], group_size, estimator="position", gamma=0.9)
+
+
+@pytest.mark.parametrize("option", ["estimator", "gamma_unit", "baseline", "aggregation", "scale"])
+def test_an_unknown_name_is_named(option):
+    options = {"estimator": "position", "gamma": 0.9, option: "positoin"}
+    with pytest.raises(ValueError, match="positoin"):
+        process_advantages(*[torch.ones(s) for s in SHAPES.values()], 3, **options)
+
+
+def test_as_many_gammas_as_sources():
+    with pytest.raises(ValueError, match="3"):
+        process_advantages(*[torch.ones(s) for s in SHAPES.values()], 3, estimator="position", gamma=[0.9, 0.8, 0.7])
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "step"])
+def test_one_summed_stream_has_one_gamma(estimator):
+    inputs = [torch.ones(s) for s in SHAPES.values()]
+    with pytest.raises(ValueError, match="gamma"):
+        process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.8])
+    same = process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.9])
+    assert torch.equal(same, process_advantages(*inputs, 3, estimator=estimator, gamma=0.9))
+    process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.8], aggregation="normalize_then_sum")
+
+
+def test_a_batch_without_spread_gets_zero_under_batch_scale():
+    """One group's spread is above the rounding, the batch's below it: 2.8 at eps = 1e-8 if only the group counts."""
+    rewards_KNT = torch.ones(1, 16, 1, dtype=torch.float64)
+    rewards_KNT[0, 0] = 1 + 6e-7
+    advantages_NT = process_advantages(
+        rewards_KNT,
+        torch.ones(16, 1),
+        torch.ones(1, dtype=torch.float64),
+        4,
+        estimator="position",
+        gamma=1.0,
+        scale="batch",
+        eps=1e-8,
+    )
+    assert (advantages_NT == 0).all()

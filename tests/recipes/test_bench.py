@@ -1,0 +1,102 @@
+"""The benchmarks of recipes/bench: each runs at a tiny size and writes rows that say what they are."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_models import save_tiny_model
+
+
+BENCH = Path(__file__).parents[2] / "recipes" / "bench"
+FIELDS = {"what", "unit", "median", "min", "max", "method", "dtype", "device", "threads"}
+FIELDS |= {"python", "torch", "trl", "transformers"}
+
+
+def run(script: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / script), *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def measured(folder: Path, script: str, *arguments: str) -> list[dict]:
+    """The rows that a benchmark writes as JSON, which must be those of its CSV."""
+    run(script, "--runs", "1", "--json", str(folder / "rows.json"), "--csv", str(folder / "rows.csv"), *arguments)
+    rows = json.loads((folder / "rows.json").read_text())
+    with (folder / "rows.csv").open(newline="") as file:
+        assert [float(row["median"]) for row in csv.DictReader(file)] == [row["median"] for row in rows]
+    return rows
+
+
+def check(rows: list[dict], sizes: set[str], quantities: set[tuple[str, str]], methods: set[str]) -> None:
+    """Every quantity of every method, with its context; times and ratios of times are positive."""
+    assert {(row["what"], row["unit"], row["method"]) for row in rows} == {
+        (*q, m) for q in quantities for m in methods
+    }
+    for row in rows:
+        assert row.keys() >= FIELDS | sizes
+        assert 0 <= row["min"] <= row["median"] <= row["max"] < math.inf
+        # A tiny tensor may fit into pages that are there already
+        assert row["min"] > 0 or row["what"] in ("extra memory", "difference")
+
+
+def test_exact_kl_and_its_figure(tmp_path):
+    rows = measured(tmp_path, "exact_kl.py", "--sizes", "64x32x1000", "--heads", "frozen")
+    quantities = {("time", "s"), ("time", "x floor"), ("extra memory", "MiB")}
+    methods = {"floor", "dense", "TRL's kernels", "fused, any loss", "fused, loss foretold"}
+    check(rows, {"size", "head", "tokens", "hidden", "vocabulary"}, quantities, methods)
+    assert all((row["tokens"], row["hidden"], row["vocabulary"]) == (64, 32, 1000) for row in rows)
+    run("plot.py", str(tmp_path / "rows.csv"), str(tmp_path / "figure.svg"))
+    assert "fused, loss foretold" in (tmp_path / "figure.svg").read_text()
+
+
+def test_committed_figures_can_be_drawn(tmp_path):
+    run("plot.py", str(BENCH / "exact_kl.csv"), str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_advantages(tmp_path):
+    rows = measured(tmp_path, "advantages.py", "--shapes", "3x70")
+    of_copy, others = ([row for row in rows if (row["method"] == "copy") == yes] for yes in (True, False))
+    quantities = {("time", "ms"), ("time", "x copy"), ("extra memory", "MiB")}
+    check(of_copy, {"completions", "tokens"}, quantities, {"copy"})
+    check(others, {"completions", "tokens"}, quantities | {("difference", "reward")}, {"loop", "discounted_returns"})
+    # Returns of up to about 10, in float32
+    assert all(row["max"] < 1e-5 for row in rows if row["what"] == "difference")
+
+
+def test_reward_models(tmp_path):
+    rows = measured(tmp_path, "reward_models.py", "--solutions", "2", "--longest", "80", "--completions", "2")
+    scoring = [row for row in rows if row["what"] != "CPU time"]
+    memory, seconds = ([row for row in scoring if row["unit"] == unit] for unit in ("MiB", "s"))
+    check(memory, {"solutions", "batch_tokens"}, {("extra memory", "MiB")}, {"one padded batch", "by tokens"})
+    check(seconds, {"solutions", "padded_tokens", "largest_batch"}, {("time", "s")}, {"by solutions", "by tokens"})
+    steps = [row for row in rows if row["what"] == "CPU time"]
+    # Of the tokenizers that are installed
+    check(steps, {"completions", "tokens", "steps"}, {("CPU time", "s")}, {row["method"] for row in steps})
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> str:
+    return save_tiny_model(tmp_path / "model")
+
+
+def test_step(tmp_path, tiny_model):
+    options = ("--num_iterations", "2", "--prompts", "1", "--generations", "2")
+    tokens = ("--prompt_tokens", "3", "--completion_tokens", "5")
+    rows = measured(tmp_path, "step.py", "--model", tiny_model, *options, *tokens)
+    whats = ("step", "without generation", "extra memory")
+    quantities = {(what, unit) for what in whats for unit in ("MiB" if what == "extra memory" else "s", "x TRL")}
+    sizes = {"model", "num_iterations", "prompts", "generations", "prompt_tokens", "completion_tokens"}
+    check(rows, sizes | {"gradient_checkpointing"}, quantities, {"k3, TRL", "exact, trl_grpo_ext"})
+    for method in ("k3, TRL", "exact, trl_grpo_ext"):
+        whole, part = (
+            [r["median"] for r in rows if (r["method"], r["what"], r["unit"]) == (method, what, "s")]
+            for what in whats[:2]
+        )
+        assert part < whole

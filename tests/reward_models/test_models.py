@@ -1,0 +1,605 @@
+"""Every preset against its model card's recipe, written out by hand: joined strings, full logits, one by one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from tests.support.hub_folders import WIDTH, llama_tokenizer, load_tokenizer, missing_packages, save_hub_folder
+from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardModel
+from trl_grpo_ext.reward_models.presets import PRESETS, Preset
+from trl_grpo_ext.rewards.types import StepRewards
+from trl_grpo_ext.steps.segmentation import Segmentation
+
+
+pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+
+PROBLEM = "Sue has 18 pink flamingos. How many are left if she gives away $\\frac{1}{3}$ of them?"
+SOLUTIONS = [
+    [
+        "Step 1: A third of 18 is \\(18/3 = 6\\).",
+        "Step 2: 18 - 6 = 12 are left.",
+        "Step 3: The answer is \\boxed{12}.",
+    ],
+    ["Step 1: She keeps 18 × 2 = 36, naïvely.", "Step 2: The answer is 36"],
+]
+QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+ACEMATH_SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
+MLP = {"score.0.weight": (WIDTH, WIDTH), "score.0.bias": (WIDTH,)}
+
+# What lies on the Hub: folder name, family, architecture, head, and settings
+FOLDERS = {
+    "qwen-math-prm": (
+        "Qwen2.5-Math-PRM-7B",
+        "qwen",
+        "Qwen2ForProcessRewardModel",
+        {**MLP, "score.2.weight": (2, WIDTH), "score.2.bias": (2,)},
+        {"lm_head": True, "max_position_embeddings": 4096},
+    ),
+    "math-shepherd": ("math-shepherd-mistral-7b-prm", "mistral", "MistralForCausalLM", None, {}),
+    "rlhflow-prm": ("Llama3.1-8B-PRM-Deepseek-Data", "llama", "LlamaForCausalLM", None, {}),
+    "skywork-prm": (
+        "Skywork-o1-Open-PRM-Qwen-2.5-1.5B",
+        "skywork",
+        "Qwen2ForCausalLM",
+        {"v_head.summary.weight": (1, WIDTH), "v_head.summary.bias": (1,)},
+        {"lm_head": True},
+    ),
+    "eurus-prm": ("EurusPRM-Stage2", "qwen", "Qwen2ForCausalLM", None, {}),
+    "trl-prm": (
+        "my-own-prm",
+        "llama",
+        "LlamaForTokenClassification",
+        {"score.weight": (2, WIDTH), "score.bias": (2,)},
+        {"num_labels": 2},
+    ),
+    "versa-prm": ("Llama-PRM800K", "llama", "LlamaForCausalLM", None, {}),
+    "openr-qwen-prm": ("Math-psa", "qwen", "Qwen2ForCausalLM", None, {}),
+    "reason-eval": (
+        "ReasonEval-7B",
+        "mistral",
+        "ReasonEval_7B",
+        {"score_head.weight": (3, WIDTH)},
+        {"use_bias": False, "lm_head": True},
+    ),
+    "acemath-rm": (
+        "AceMath-7B-RM",
+        "qwen",
+        "Qwen2ForSequenceClassification",
+        {"score.weight": (1, WIDTH)},
+        {"num_labels": 1},
+    ),
+    "qwen-math-rm": (
+        "Qwen2.5-Math-RM-72B",
+        "qwen",
+        "Qwen2ForRewardModel",
+        {**MLP, "score.2.weight": (1, WIDTH), "score.2.bias": (1,)},
+        {"lm_head": True},
+    ),
+    "armo-rm": (
+        "ArmoRM-Llama3-8B-v0.1",
+        "llama",
+        "LlamaForRewardModelWithGating",
+        {
+            "regression_layer.weight": (19, WIDTH),
+            "reward_transform_matrix": (19, 19),
+            "gating.logit_scale": (1,),
+            "gating.layers.0.weight": (8, WIDTH),
+            "gating.layers.0.bias": (8,),
+            "gating.layers.1.weight": (8, 8),
+            "gating.layers.1.bias": (8,),
+            "gating.layers.2.weight": (19, 8),
+            "gating.layers.2.bias": (19,),
+        },
+        {"gating_hidden_dim": 8, "gating_n_hidden": 2, "gating_temperature": 3, "num_labels": 1},
+    ),
+    # Llama 3.1 pads with the token that ends a message, which transformers would skip when it pools
+    "sequence-classification": (
+        "Skywork-Reward-V2-Llama-3.1-8B",
+        "llama",
+        "LlamaForSequenceClassification",
+        {"score.weight": (1, WIDTH)},
+        {"num_labels": 1, "pad_token_id": 128009},
+    ),
+}
+
+
+def hub_folder(root, preset, **more):
+    name, family, architecture, head, settings = FOLDERS[preset]
+    return save_hub_folder(root / name, family, architecture, head=head, **{**settings, **more})
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folder of each preset, written when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("hub"), {}
+
+    def folder(preset):
+        if preset not in made:
+            made[preset] = hub_folder(root, preset)
+        return made[preset]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The instruct model that the implicit reward model is compared with."""
+    return save_hub_folder(tmp_path_factory.mktemp("hub") / "Qwen2.5-Math-7B-Instruct", "qwen", "Qwen2", seed=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model cards
+
+
+class Card:
+    """A checkpoint read by hand: its backbone in `dtype`, its head in float64."""
+
+    def __init__(self, folder, dtype=torch.float32):
+        self.tokenizer = load_tokenizer(folder)
+        self.config = AutoConfig.from_pretrained(folder)
+        self.weights = load_file(folder / "model.safetensors")
+        self.backbone = AutoModel.from_config(self.config, dtype=dtype).eval()
+        own = {key[len("model.") :]: value for key, value in self.weights.items() if key.startswith("model.")}
+        self.backbone.load_state_dict(own)
+        self.dtype = dtype
+
+    def weight(self, key):
+        return self.weights[key].double()
+
+    @torch.no_grad()
+    def hidden(self, ids, mask=None):
+        mask = None if mask is None else torch.tensor([mask])
+        return self.backbone(torch.tensor([ids]), attention_mask=mask).last_hidden_state[0].double()
+
+    def logits(self, ids, mask=None):
+        """Over the vocabulary."""
+        return self.hidden(ids, mask) @ self.weights["lm_head.weight"].to(self.dtype).double().T
+
+    def linear(self, name, values):
+        bias = f"{name}.bias"
+        return F.linear(values, self.weight(f"{name}.weight"), self.weight(bias) if bias in self.weights else None)
+
+    def chat(self, *messages):
+        messages = [{"role": role, "content": text} for role, text in messages]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def at(ids, tag):
+    return [position for position, token in enumerate(ids) if token == tag]
+
+
+def qwen_math_prm(card, problem, steps):
+    answer = "<extra_0>".join(steps) + "<extra_0>"
+    ids = card.tokenizer.encode(card.chat(("system", QWEN_SYSTEM), ("user", problem), ("assistant", answer)))
+    logits = card.linear("score.2", card.linear("score.0", card.hidden(ids)).relu())
+    return logits.softmax(-1)[at(ids, 151651), 1]
+
+
+def math_shepherd(card, problem, steps):
+    ids = card.tokenizer.encode(f"{problem} " + "\n".join(f"{step} ки" for step in steps))
+    assert ids[0] == card.tokenizer.bos_token_id
+    return card.logits(ids)[:, [648, 387]].softmax(-1)[at(ids, 12902), 0]
+
+
+def rlhflow_prm(card, problem, steps):
+    conversation, scores = [], []
+    for number, step in enumerate(steps):
+        conversation += [("user", f"{problem} {step}" if number == 0 else step), ("assistant", "+")]
+        ids = card.tokenizer.encode(card.chat(*conversation), add_special_tokens=False)
+        scores.append(card.logits(ids)[-3, [10, 12]].softmax(-1)[0])
+    return torch.stack(scores)
+
+
+def skywork_prm(card, problem, steps):
+    ids, flags = card.tokenizer.encode(card.tokenizer.bos_token + problem + "\n"), []
+    newline = card.tokenizer.encode("\n")[-1]
+    for step in steps:
+        ids = ids + card.tokenizer.encode(step) + [newline]
+        flags.append(len(ids) - 1)
+    return card.linear("v_head.summary", card.hidden(ids)).sigmoid()[flags, 0]
+
+
+def eurus_prm(card, problem, steps):
+    ids = card.tokenizer.encode(card.chat(("user", problem), ("assistant", "\n\n".join(steps))))
+    prompt = len(card.tokenizer.encode(card.chat(("user", problem), ("assistant", "")).removesuffix("<|im_end|>\n")))
+    ratios = []
+    for model in (card, card.reference):
+        log_probs = model.logits(ids).log_softmax(-1)
+        ratios.append([0.0] + [float(log_probs[t - 1, ids[t]]) for t in range(1, len(ids))])
+    ends = []
+    for number in range(1, len(steps) + 1):
+        begun = "\n\n".join(steps[:number]) + ("\n\n" if number < len(steps) else "<|im_end|>")
+        ends.append(prompt + len(card.tokenizer.encode(begun)) - 1)
+    sums = [sum(ratios[0][t] - ratios[1][t] for t in range(prompt, end + 1)) for end in ends]
+    return 0.001 * torch.tensor(sums)
+
+
+def trl_prm(card, problem, steps):
+    def encode(text):
+        return card.tokenizer.encode(text, add_special_tokens=False)
+
+    ids, ends = [card.tokenizer.bos_token_id, *encode(problem)], []
+    for step in steps:
+        ids = ids + encode(step) + encode("\n")
+        ends.append(len(ids) - 1)
+    return card.linear("score", card.hidden(ids)).softmax(-1)[ends, 1]
+
+
+def versa_prm(card, problem, steps):
+    ids = card.tokenizer.encode(f"{problem} \n\n" + "".join(f"{step} \n\n\n\n" for step in steps))
+    return card.logits(ids)[:, [12, 10]].softmax(-1)[at(ids, 23535), 1]
+
+
+def openr_qwen_prm(card, problem, steps):
+    ids = card.tokenizer.encode(f"{problem} " + "".join(f"{step} \n\n\n\n\n" for step in steps))
+    seen = [int(token != 76325) for token in ids]
+    return card.logits(ids, seen)[:, [488, 481]].softmax(-1)[at(ids, 76325), 0]
+
+
+def reason_eval(card, problem, steps):
+    mark = card.tokenizer.pad_token
+    text = f"Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
+    marked = card.tokenizer.encode(text + mark + "".join(step + mark for step in steps))
+    ids, ends = [], []
+    for token in marked:
+        if token == card.tokenizer.pad_token_id:
+            ends.append(len(ids) - 1)
+        else:
+            ids.append(token)
+    return card.linear("score_head", card.hidden(ids)).softmax(-1)[ends[1:], 1:].sum(-1)
+
+
+def last_token_rm(system, head):
+    def score(card, problem, solution):
+        messages = [("user", problem), ("assistant", solution)]
+        text = card.chat(*([("system", system)] if system else []), *messages)
+        return head(card, card.hidden(card.tokenizer.encode(text, add_special_tokens=False))[-1])
+
+    return score
+
+
+def armo_rm(card, problem, solution):
+    ids = card.tokenizer.encode(card.chat(("user", problem), ("assistant", solution)), add_special_tokens=False)
+    pattern = [128009, 128006, 78191, 128007, 271]
+    gate = next(j for j in range(len(ids) - 5, -1, -1) if ids[j : j + 5] == pattern)
+    hidden = card.hidden(ids)
+    x = hidden[gate]
+    for layer in range(2):
+        x = card.linear(f"gating.layers.{layer}", x).relu()
+    weights = (card.linear("gating.layers.2", x) / 3).softmax(-1) * card.weight("gating.logit_scale")
+    return (weights * (card.linear("regression_layer", hidden[-1]) @ card.weight("reward_transform_matrix"))).sum()
+
+
+PROCESS_CARDS = {
+    "qwen-math-prm": qwen_math_prm,
+    "math-shepherd": math_shepherd,
+    "rlhflow-prm": rlhflow_prm,
+    "skywork-prm": skywork_prm,
+    "eurus-prm": eurus_prm,
+    "trl-prm": trl_prm,
+    "versa-prm": versa_prm,
+    "openr-qwen-prm": openr_qwen_prm,
+    "reason-eval": reason_eval,
+}
+OUTCOME_CARDS = {
+    "acemath-rm": last_token_rm(ACEMATH_SYSTEM, lambda card, h: card.linear("score", h)),
+    "qwen-math-rm": last_token_rm(
+        QWEN_SYSTEM, lambda card, h: card.linear("score.2", card.linear("score.0", h).relu())
+    ),
+    "armo-rm": armo_rm,
+    "sequence-classification": last_token_rm(None, lambda card, h: card.linear("score", h)),
+}
+SOFTMAXES = [name for name in PROCESS_CARDS if name not in ("skywork-prm", "eurus-prm")]
+
+
+def test_every_preset_has_its_card():
+    assert {*PROCESS_CARDS} | {*OUTCOME_CARDS} == {*PRESETS} == {*FOLDERS}
+
+
+@pytest.mark.parametrize("preset", PROCESS_CARDS)
+def test_process_scores_are_the_cards(preset, folders, reference):
+    folder = folders(preset)
+    options = {"reference": str(reference)} if preset == "eurus-prm" else {}
+    model = ProcessRewardModel.from_pretrained(str(folder), **options)
+    assert model.preset == PRESETS[preset]
+    card = Card(folder)
+    card.reference = Card(reference)
+    scores = model.score_steps([PROBLEM] * 2, SOLUTIONS)
+    for steps, read in zip(SOLUTIONS, scores, strict=True):
+        expected = PROCESS_CARDS[preset](card, PROBLEM, steps).tolist()
+        # All steps differ, so that a score read elsewhere shows
+        assert len({round(value, 4 if preset != "eurus-prm" else 8) for value in expected}) == len(steps)
+        assert read == pytest.approx(expected, abs=1e-5 if preset != "eurus-prm" else 1e-7)
+
+
+@pytest.mark.parametrize("preset", OUTCOME_CARDS)
+def test_outcome_scores_are_the_cards(preset, folders):
+    model = OutcomeRewardModel.from_pretrained(str(folders(preset)))
+    assert model.preset == PRESETS[preset]
+    solutions = ["\n\n".join(steps) for steps in SOLUTIONS]
+    card = Card(folders(preset))
+    expected = [float(OUTCOME_CARDS[preset](card, PROBLEM, solution)) for solution in solutions]
+    assert model.score(PROBLEM, solutions) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def copy_with_weights(folder, target, change):
+    """The same folder with other weights."""
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (target / file.name).symlink_to(file)
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("preset", SOFTMAXES)
+def test_probabilities_that_underflow_in_half_precision_are_read_in_full(preset, folders, tmp_path):
+    head = FOLDERS[preset][3]
+    last = [key for key in head if not key.startswith("score.0")] if head else ["lm_head.weight"]
+    card = Card(folders(preset), torch.float16)
+    expected = [1.0]
+    # Sharper answers, until one is less than half the smallest number of float16
+    while min(expected) > 2.0**-26:
+        card.weights |= {key: -1.5 * card.weights[key] for key in last}
+        expected = PROCESS_CARDS[preset](card, PROBLEM, SOLUTIONS[0]).tolist()
+    folder = copy_with_weights(folders(preset), tmp_path / folders(preset).name, lambda weights: card.weights)
+    model = ProcessRewardModel.from_pretrained(str(folder), dtype=torch.float16, tokenizer=card.tokenizer)
+    assert model.scorer.backbone.loaded.dtype == torch.float16
+    (read,) = model.score_steps([PROBLEM], [SOLUTIONS[0]])
+    assert read == pytest.approx(expected, rel=1e-2, abs=1e-30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_an_adapter_is_read_on_its_base(folders, tmp_path):
+    base = folders("versa-prm")
+    torch.manual_seed(3)
+    causal = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(causal, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "VersaPRM")
+    model = ProcessRewardModel.from_pretrained(str(tmp_path / "VersaPRM"))
+    lora = load_file(tmp_path / "VersaPRM" / "adapter_model.safetensors")
+
+    def merged(weights):
+        for key in [key for key in lora if key.endswith("lora_A.weight")]:
+            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+            weights[name] = weights[name] + 6 / 2 * lora[key.replace("lora_A", "lora_B")] @ lora[key]
+        return weights
+
+    card = Card(copy_with_weights(base, tmp_path / "merged", merged))
+    read = model.score_steps([PROBLEM] * 2, SOLUTIONS)
+    for steps, own in zip(SOLUTIONS, read, strict=True):
+        assert own == pytest.approx(versa_prm(card, PROBLEM, steps).tolist(), abs=1e-5)
+    plain = ProcessRewardModel.from_pretrained(str(base)).score_steps([PROBLEM], SOLUTIONS[:1])
+    assert read[0] != pytest.approx(plain[0], abs=1e-3)
+    lora.pop(next(iter(lora)))
+    save_file(lora, tmp_path / "VersaPRM" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks base_model.model.model.layers.0.self_attn"):
+        ProcessRewardModel.from_pretrained(str(tmp_path / "VersaPRM"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if k != "score.2.bias"},
+            "qwen-math-prm': the checkpoint lacks score.2.bias",
+        ),
+        (lambda w: {k: v for k, v in w.items() if k != "model.norm.weight"}, "lacks model.norm.weight"),
+        (lambda w: {**w, "score.4.weight": torch.zeros(2, 2)}, "has, against expectation, score.4.weight"),
+        (
+            lambda w: {k.replace("score.", "classifier."): v for k, v in w.items()},
+            "lacks score.0.bias, score.0.weight",
+        ),
+    ],
+)
+def test_a_missing_or_unexpected_key_is_an_error_that_shows_it(change, message, folders, tmp_path):
+    folder = copy_with_weights(folders("qwen-math-prm"), tmp_path / "Qwen2.5-Math-PRM-7B", change)
+    with pytest.raises(ValueError, match=message):
+        ProcessRewardModel.from_pretrained(str(folder), tokenizer=load_tokenizer(folders("qwen-math-prm")))
+
+
+def test_a_process_reward_model_under_another_preset_lacks_its_head(folders):
+    with pytest.raises(ValueError, match="lacks score.weight"):
+        OutcomeRewardModel.from_pretrained(str(folders("math-shepherd")), preset="sequence-classification")
+
+
+def test_a_tag_that_is_not_one_id_is_an_error_that_shows_the_ids(folders):
+    with pytest.raises(ValueError, match=r"the tag '<extra_0>' must be one id in this tokenizer; it is \[27, "):
+        ProcessRewardModel.from_pretrained(str(folders("qwen-math-prm")), tokenizer=llama_tokenizer())
+
+
+def test_unknown_models_and_wrong_kinds_are_errors_that_name_the_way_out(folders, tmp_path):
+    folder = copy_with_weights(folders("math-shepherd"), tmp_path / "some-llm", dict)
+    with pytest.raises(ValueError, match="no preset fits '.*some-llm'; pass preset= as one of qwen-math-prm"):
+        ProcessRewardModel.from_pretrained(str(folder))
+    with pytest.raises(ValueError, match="there is no preset 'shepherd'"):
+        ProcessRewardModel.from_pretrained(str(folder), preset="shepherd")
+    with pytest.raises(ValueError, match="is of kind 'process' .*, not 'outcome'"):
+        OutcomeRewardModel.from_pretrained(str(folder), preset="math-shepherd")
+    assert ProcessRewardModel.from_pretrained(str(folder), preset="math-shepherd").preset.semantics == "value"
+
+
+def test_a_preset_of_the_users_own_in_yaml_is_the_same(tmp_path):
+    file = tmp_path / "preset.yaml"
+    file.write_text(
+        """
+name: math-shepherd
+models: ["peiyi9979/math-shepherd-mistral-7b-prm"]
+kind: process
+rendering: {type: Tagged, tag: " ки", first: " ", between: "\\n", bos: true}
+reading: {type: TokenPair, good: " +", bad: " -"}
+segmentation: {by: newline}
+semantics: value
+reduce: last
+""",
+        encoding="utf-8",
+    )
+    assert Preset.from_yaml(file) == PRESETS["math-shepherd"]
+    with pytest.raises(ValueError, match=r"preset.rendering: unknown type 'Taged'"):
+        Preset.from_dict({"name": "a", "kind": "process", "rendering": {"type": "Taged"}, "reading": {}})
+    with pytest.raises(ValueError, match=r"preset.reading: unknown field 'goood' of TokenPair"):
+        reading = {"type": "TokenPair", "goood": "+"}
+        Preset.from_dict({"name": "a", "kind": "process", "rendering": {"type": "Turns"}, "reading": reading})
+
+
+def test_a_second_reward_model_from_the_same_folder_shares_its_weights(folders):
+    first = ProcessRewardModel.from_pretrained(str(folders("math-shepherd")))
+    lines = Segmentation(by="tokens", window=5)
+    second = ProcessRewardModel.from_pretrained(first.name, weights_of=first, segmentation=lines)
+    assert second.scorer.backbone is first.scorer.backbone and second.segmentation == lines
+    assert second.score_steps([PROBLEM], SOLUTIONS[:1]) == first.score_steps([PROBLEM], SOLUTIONS[:1])
+    with pytest.raises(ValueError, match="weights_of holds"):
+        ProcessRewardModel.from_pretrained(str(folders("trl-prm")), weights_of=first)
+
+
+def test_a_reward_model_stays_in_evaluation_mode_and_without_gradients(folders):
+    model = ProcessRewardModel.from_pretrained(str(folders("math-shepherd")))
+    assert not any(module.training for module in model.scorer.modules())
+    assert not any(parameter.requires_grad for parameter in model.scorer.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@pytest.fixture(scope="module")
+def shepherd(folders):
+    return ProcessRewardModel.from_pretrained(str(folders("math-shepherd")))
+
+
+def test_truncation_keeps_the_question_and_leaves_whole_last_steps_unscored(shepherd, folders):
+    (whole,) = shepherd.score_steps([PROBLEM], SOLUTIONS[:1])
+    reads = shepherd._render(PROBLEM, SOLUTIONS[0]).read_positions
+    for length, scored in ((reads[2] + 1, 3), (reads[2], 2), (reads[0] + 1, 1), (reads[0], 0), (3, 0)):
+        short = ProcessRewardModel.from_pretrained(
+            shepherd.name, weights_of=shepherd, max_length=length, tokenizer=shepherd.tokenizer
+        )
+        (scores,) = short.score_steps([PROBLEM], SOLUTIONS[:1])
+        assert scores == pytest.approx([*whole[:scored], *[None] * (3 - scored)])
+    short.policy_tokenizer = short.tokenizer
+    assert short(prompts=[PROBLEM], completion_ids=[short.tokenizer.encode("12")]) == [StepRewards([2], [None])]
+
+
+def test_batches_by_tokens_equal_one_by_one_and_keep_their_bound(shepherd):
+    lengths = [1, 7, 2, 5, 3, 1, 6, 4]
+    solutions = [[f"Step {k}: {k} + {n} = {k + n}." for k in range(length)] for n, length in enumerate(lengths)]
+    problems = [f"{PROBLEM} ({n})" * (1 + n % 3) for n in range(len(lengths))]
+    sizes = []
+    backbone = shepherd.scorer.backbone
+    hook = backbone.register_forward_pre_hook(lambda module, args: sizes.append(args[0].input_ids_BL.numel()))
+    alone = [shepherd.score_steps([problem], [own])[0] for problem, own in zip(problems, solutions, strict=True)]
+    longest = max(sizes)
+    for copies in (1, 6):
+        for budget in (longest, 3 * longest):
+            sizes.clear()
+            shepherd.batch_tokens = budget
+            together = shepherd.score_steps(problems * copies, solutions * copies)
+            for expected, read in zip(alone * copies, together, strict=True):
+                assert read == pytest.approx(expected, abs=1e-5)
+            assert max(sizes) <= budget and sum(sizes) > budget
+    hook.remove()
+
+
+@pytest.mark.parametrize("preset", ["math-shepherd", "eurus-prm", "reason-eval"])
+def test_a_process_with_fewer_batches_runs_as_many_forwards_as_the_others(preset, folders, reference, monkeypatch):
+    options = {"reference": str(reference)} if preset == "eurus-prm" else {}
+    model = ProcessRewardModel.from_pretrained(str(folders(preset)), **options)
+    alone = model.score_steps([PROBLEM] * 2, SOLUTIONS)
+    forwards = []
+    model.scorer.backbone.register_forward_pre_hook(lambda module, args: forwards.append(1))
+    monkeypatch.setattr("trl_grpo_ext.reward_models.base.gather", lambda accelerator, own: torch.cat([own, own + 2]))
+    model.accelerator = SimpleNamespace(device="cpu")
+    assert model.score_steps([PROBLEM] * 2, SOLUTIONS) == alone
+    assert len(forwards) == 3
+    assert model.score_steps([], []) == [] and len(forwards) == 5
+
+
+def test_the_policys_tokens_carry_the_scores(shepherd):
+    policy = llama_tokenizer()
+    text = "Step 1: 18/3 = 6 naïve 🦩\n\nStep 2: 18 - 6 = 12 ки\nStep 3: \\boxed{12}"
+    ids = policy.encode(text, add_special_tokens=False)
+    lines = ["Step 1: 18/3 = 6 naïve 🦩", "Step 2: 18 - 6 = 12 ки", "Step 3: \\boxed{12}"]
+    conversation = [
+        {"role": "user", "content": "not this"},
+        {"role": "assistant", "content": "nor this"},
+        {"role": "user", "content": PROBLEM},
+    ]
+    with pytest.raises(ValueError, match="has no `policy_tokenizer`"):
+        shepherd(prompts=[PROBLEM], completions=[text], completion_ids=[ids])
+    shepherd.policy_tokenizer = policy
+    rewards = shepherd(
+        prompts=[conversation, PROBLEM, PROBLEM],
+        completions=[text, "", text],
+        completion_ids=[[*ids, 128009], [128009], ids],
+        answer=["12"] * 3,
+    )
+    ends = []
+    for line in lines:
+        stop = text.index(line) + len(line)
+        ends.append(next(n for n in range(len(ids)) if policy.decode(ids[: n + 1]).startswith(text[:stop])))
+    # The separator belongs to the step before it
+    ends = [end + (policy.decode(ids[end + 1]).strip() == "") if end + 1 < len(ids) else end for end in ends]
+    (scores,) = shepherd.score_steps([PROBLEM], [lines])
+    assert rewards[1] == StepRewards([], [])
+    for reward in (rewards[0], rewards[2]):
+        assert isinstance(reward, StepRewards)
+        assert list(reward.ends) == ends
+        assert reward.values == pytest.approx(scores, abs=1e-6)
+
+
+def test_score_splits_solutions_as_the_preset_says(shepherd, folders):
+    text = "Step 1: a.\nStep 2: b.\n\nStep 3: c."
+    assert shepherd.split(text) == ["Step 1: a.", "Step 2: b.", "Step 3: c."]
+    (read,) = shepherd.score(PROBLEM, [text])
+    assert read == shepherd.score_steps([PROBLEM], [["Step 1: a.", "Step 2: b.", "Step 3: c."]])[0]
+    other = ProcessRewardModel.from_pretrained(
+        shepherd.name, weights_of=shepherd, segmentation=Segmentation(by="newline", max_steps=2)
+    )
+    assert other.split(text) == ["Step 1: a.", "Step 2: b.\n\nStep 3: c."]
+    with pytest.raises(ValueError, match="solution 1: step 1 is empty"):
+        shepherd.score_steps([PROBLEM] * 2, [["a"], ["a", " "]])
+    with pytest.raises(ValueError, match="1 problems for 2 solutions"):
+        shepherd.score_steps([PROBLEM], [["a"], ["b"]])
+
+
+def test_an_outcome_model_is_called_as_a_reward_function(folders):
+    model = OutcomeRewardModel.from_pretrained(str(folders("sequence-classification")))
+    expected = model.score(PROBLEM, ["12", "13"])
+    prompts = [[{"role": "user", "content": PROBLEM}]] * 2
+    completions = [[{"role": "assistant", "content": text}] for text in ("12", "13")]
+    assert model(prompts=prompts, completions=completions, completion_ids=[[1], [2]]) == pytest.approx(expected)
+    assert model(prompts=[PROBLEM] * 2, completions=["12", "13"]) == pytest.approx(expected)
+    model.max_length = 20
+    assert model.score(PROBLEM, ["12"]) == [None]
+
+
+@pytest.mark.parametrize("preset", ["math-shepherd", "sequence-classification"])
+def test_self_check_tells_a_model_from_its_negation(preset, folders, tmp_path):
+    cls = {"process": ProcessRewardModel, "outcome": OutcomeRewardModel}[PRESETS[preset].kind]
+    outcomes = []
+    for sign in (1, -1):
+        key = "lm_head.weight" if preset == "math-shepherd" else "score.weight"
+        folder = copy_with_weights(
+            folders(preset),
+            tmp_path / str(sign) / folders(preset).name,
+            lambda weights, key=key, sign=sign: {**weights, key: sign * weights[key]},
+        )
+        try:
+            cls.from_pretrained(str(folder)).self_check()
+            outcomes.append("passes")
+        except ValueError as error:
+            assert "the corrupted one must score lower" in str(error)
+            outcomes.append("fails")
+    assert sorted(outcomes) == ["fails", "passes"]

@@ -1,0 +1,109 @@
+"""Reward models in `reward_funcs`: opened by their bare ids, prepared, mixed with functions, placed on tokens."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
+
+from tests.support.tiny_models import save_tiny_model, tiny_tokenizer
+from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer
+from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel
+from trl_grpo_ext.reward_models.opening import open_reward_model
+from trl_grpo_ext.steps.segmentation import Segmentation
+
+
+@pytest.fixture(scope="module")
+def prm_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("prm"), LlamaForTokenClassification, LlamaConfig, num_labels=2)
+
+
+def completions_in_lines():
+    """Eight completions of characters; every fifth one is a newline."""
+    rows = fixed_completions([14, 9, 12, 7, 15, 6, 11, 13], vocabulary=40)
+    newline = tiny_tokenizer().convert_tokens_to_ids("\n")
+    for ids in rows.completion_ids:
+        ids[4:-1:5] = [newline] * len(ids[4:-1:5])
+    return rows
+
+
+def test_a_known_process_model_is_opened_by_its_id_and_mixed_with_a_function(tiny_model, prm_folder, tmp_path):
+    rows = completions_in_lines()
+
+    def long_enough(completion_ids, **columns):
+        return [float(len(ids) > 10) for ids in completion_ids]
+
+    trainer = make_trainer(
+        RecordingExtTrainer,
+        tiny_model,
+        [prm_folder, long_enough],
+        tmp_path,
+        trainer_options={"rollout_func": rows},
+        supervision="process",
+        reward_weights=[1.0, 0.5],
+        reward_batch_tokens=64,
+        per_device_train_batch_size=8,
+        max_steps=1,
+    )
+    model = trainer.reward_funcs[0].function
+    assert isinstance(model, ProcessRewardModel) and model.batch_tokens == 64
+    model.segmentation = Segmentation(by="newline")
+    trainer.train()
+
+    tokenizer, alone = tiny_tokenizer(), ProcessRewardModel.from_pretrained(prm_folder)
+    for ids, rewards in zip(rows.completion_ids, trainer.reward_funcs[0].rewards, strict=True):
+        steps = [line.strip() for line in tokenizer.decode(ids[:-1]).split("\n") if line.strip()]
+        assert len(rewards.ends) == len(steps)
+        # Newlines end steps, and the token before the end of sequence does
+        assert all(ids[end] == tokenizer.convert_tokens_to_ids("\n") for end in rewards.ends[:-1])
+        assert rewards.ends[-1] == len(ids) - 2
+        by_prompt = alone.score_steps(PROMPTS, [steps] * len(PROMPTS))
+        assert any(values == pytest.approx(rewards.values, abs=1e-5) for values in by_prompt)
+    entry = trainer.state.log_history[0]
+    name = prm_folder.rstrip("/").split("/")[-1]
+    assert entry[f"rewards/{name}/unjudged"] == 0
+    assert entry[f"rewards/{name}/steps"] > 1
+    assert trainer.batches[0]["advantages"].ndim == 2
+
+
+def test_an_outcome_model_is_a_source(tiny_model, tmp_path):
+    folder = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
+    template = "{% for m in messages %}<sep>{{ m['content'] }}{% endfor %}"
+    model = OutcomeRewardModel.from_pretrained(folder)
+    model.tokenizer.chat_template = template
+    trainer = make_trainer(GRPOExtTrainer, tiny_model, [model], tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/orm/std"] > 0
+
+
+def test_a_model_whose_head_would_be_random_is_refused(tiny_model, tmp_path):
+    causal = save_tiny_model(tmp_path / "causal", LlamaForCausalLM, LlamaConfig)
+    with pytest.raises(ValueError, match="score.weight would be random"):
+        make_trainer(GRPOExtTrainer, tiny_model, [causal], tmp_path)
+
+
+def test_an_adapter_counts_with_what_it_brings(tiny_model, tmp_path):
+    causal = save_tiny_model(tmp_path / "causal", LlamaForCausalLM, LlamaConfig)
+    for task, loader in (("CAUSAL_LM", LlamaForCausalLM), ("SEQ_CLS", LlamaForSequenceClassification)):
+        adapted = get_peft_model(
+            loader.from_pretrained(causal, **({"num_labels": 1} if task == "SEQ_CLS" else {})),
+            LoraConfig(task_type=task, target_modules=["q_proj"]),
+        )
+        adapted.save_pretrained(tmp_path / task)
+    with pytest.raises(ValueError, match="CAUSAL_LM' fits no preset.*score.weight would be random"):
+        make_trainer(GRPOExtTrainer, tiny_model, [str(tmp_path / "CAUSAL_LM")], tmp_path)
+    assert open_reward_model(str(tmp_path / "SEQ_CLS") + "/", {}) == str(tmp_path / "SEQ_CLS")
+
+
+def test_a_second_trainer_brings_its_own_policys_tokenizer(tiny_model, prm_folder, tmp_path):
+    model = ProcessRewardModel.from_pretrained(prm_folder, segmentation=Segmentation(by="newline"))
+    for _ in range(2):
+        rows = completions_in_lines()
+        trainer = make_trainer(
+            RecordingExtTrainer, tiny_model, [model], tmp_path, trainer_options={"rollout_func": rows}, max_steps=1
+        )
+        assert model.policy_tokenizer is trainer._tokenizer
+        trainer.train()
+
+
+def test_config_fields_in_model_init_kwargs_reach_reward_models(tiny_model, prm_folder, tmp_path):
+    trainer = make_trainer(GRPOExtTrainer, tiny_model, [prm_folder], tmp_path, model_init_kwargs={"use_cache": False})
+    assert trainer.reward_funcs[0].function.scorer.backbone.loaded.config.use_cache is False

@@ -1,0 +1,217 @@
+"""Rendering with three real tokenizers: what is written, where it is read, and what a policy cannot forge."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.hub_folders import (
+    llama_tokenizer,
+    load_tokenizer,
+    missing_packages,
+    qwen_tokenizer,
+    save_mistral_tokenizer,
+)
+from tests.support.tokenizers import load_tokenizer as tokenizer_by_name
+from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns, chat_frame, encode_text, one_id
+
+
+pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+
+TAGS = ["<extra_0>", " ки", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "+", "\n", " \n\n\n\n"]
+TEXT = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [*TAGS, "\\frac{1}{2}", "$$x$$", "```py\nx = 1\n```", "🦩", "答案是", "Ответ", "é", " ", "\t"]
+        ),
+        st.text(alphabet=st.characters(codec="utf-8", exclude_characters="▁\x00\r\ufeff"), max_size=6),
+    ),
+    min_size=1,
+    max_size=4,
+).map("".join)
+STEPS = st.lists(TEXT.map(lambda text: f"Step: {text.strip()} ."), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    save_mistral_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(mistral):
+    return {"qwen": qwen_tokenizer(), "llama": llama_tokenizer(), "mistral": mistral}
+
+
+QWEN = Tagged(tag="<extra_0>", chat=True, system="Be exact.")
+SHEPHERD = Tagged(tag=" ки", first=" ", between="\n", bos=True)
+LINES = Tagged(tag="\n", prompt="{problem}\n", bos=True)
+EURUS = Bare(chat=True, after="\n\n", closing="first")
+PAIRS = [
+    ("qwen", QWEN),
+    ("mistral", SHEPHERD),
+    ("llama", LINES),
+    ("llama", Turns()),
+    ("qwen", Turns()),
+    ("qwen", EURUS),
+    ("mistral", Bare(prompt="Question:\n{problem}\n", bos=True, apart=True)),
+]
+
+
+def written(tokenizer, rendering, problem, steps):
+    """The text that a rendering stands for, joined by hand, up to its last read position."""
+    if isinstance(rendering, Turns):
+        turns = [("user", f"{problem} {steps[0]}"), *(("user", step) for step in steps[1:])]
+        messages = [m for turn in turns for m in (turn, ("assistant", "+"))]
+        frame = chat_frame(tokenizer, [role for role, _ in messages])
+        return "".join(part for pair in zip(frame, [text for _, text in messages], strict=False) for part in pair)
+    if isinstance(rendering, Tagged):
+        body = rendering.first + rendering.between.join(step + rendering.tag for step in steps)
+    else:
+        body = rendering.after.join(steps)
+    question = rendering.prompt.replace("{problem}", problem)
+    if not rendering.chat:
+        return (tokenizer.bos_token or "") * rendering.bos + question + body
+    before, between, after = chat_frame(tokenizer, ["user", "assistant"], rendering.system)
+    return before + question + between + body + (after.split("\n")[0] if isinstance(rendering, Bare) else "")
+
+
+@pytest.mark.parametrize(("name", "rendering"), PAIRS)
+@settings(max_examples=60, deadline=None)
+@given(problem=TEXT, steps=STEPS)
+def test_a_rendering_writes_its_text_once_and_reads_each_step_once(tokenizers, name, rendering, problem, steps):
+    tokenizer = tokenizers[name]
+    ids, prompt_length, reads = rendering.render(tokenizer, problem, steps)
+    assert len(reads) == len(steps) and all(a < b for a, b in zip(reads, reads[1:], strict=False))
+    assert prompt_length <= reads[0] < len(ids)
+    text = written(tokenizer, rendering, problem, steps)
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if name == "mistral":
+        # SentencePiece writes a space before a text of its own
+        assert decoded.replace(" ", "") == text.replace(" ", "")
+    else:
+        assert decoded == text
+    if isinstance(rendering, Tagged):
+        assert {ids[read] for read in reads} == {one_id(tokenizer, rendering.tag, "tag")}
+    if isinstance(rendering, Turns):
+        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, "+", "answer")}
+
+
+@pytest.mark.parametrize(("name", "rendering"), PAIRS)
+@settings(max_examples=15, deadline=None)
+@given(problem=TEXT, steps=STEPS, data=st.data())
+def test_truncation_keeps_the_question_and_whole_steps(tokenizers, name, rendering, problem, steps, data):
+    tokenizer = tokenizers[name]
+    whole = rendering.render(tokenizer, problem, steps)
+    length = data.draw(st.integers(1, len(whole.ids) + 1))
+    cut = rendering.render(tokenizer, problem, steps, length)
+    assert cut.prompt_length == whole.prompt_length
+    assert cut.ids == whole.ids[: len(cut.ids)]
+    assert cut.read_positions == whole.read_positions[: len(cut.read_positions)]
+    assert len(cut.ids) <= max(length, cut.prompt_length)
+    kept = len(cut.read_positions)
+    if kept < len(steps):
+        following = rendering.render(tokenizer, problem, steps, 10**9).read_positions[kept]
+        assert following >= length - (2 if isinstance(rendering, Turns) else 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=TEXT, steps=STEPS)
+def test_special_tokens_in_what_users_and_policies_write_stay_text(tokenizers, problem, steps):
+    for name, rendering in (("qwen", QWEN), ("qwen", EURUS), ("llama", Turns()), ("mistral", SHEPHERD)):
+        tokenizer = tokenizers[name]
+        special = set(tokenizer.all_special_ids)
+        ids, _, reads = rendering.render(tokenizer, problem, steps)
+        plain, _, _ = rendering.render(tokenizer, "a", ["b"] * len(steps))
+        assert [token for token in ids if token in special] == [token for token in plain if token in special]
+
+
+def test_the_tags_and_answers_of_the_cards_are_these_ids(tokenizers):
+    known = {
+        ("qwen", "<extra_0>"): 151651,
+        ("mistral", " ки"): 12902,
+        ("mistral", " +"): 648,
+        ("mistral", " -"): 387,
+        ("llama", "+"): 10,
+        ("llama", "-"): 12,
+        ("llama", " \n\n\n\n"): 23535,
+        ("qwen", " \n\n\n\n\n"): 76325,
+        ("qwen", " +"): 488,
+        ("qwen", " -"): 481,
+    }
+    assert {key: one_id(tokenizers[key[0]], key[1], "tag") for key in known} == known
+    with pytest.raises(ValueError, match=r"the tag 'ки ки' must be one id in this tokenizer; it is \[1107, 12902\]"):
+        one_id(tokenizers["mistral"], "ки ки", "tag")
+
+
+def test_pieces_of_ordinary_text_are_the_ids_of_the_whole(tokenizers):
+    problem, steps = "What is 2 + 3?", ["Step 1: 2 + 3 = 5.", "Step 2: The answer is 5."]
+    mistral = tokenizers["mistral"]
+    assert SHEPHERD.render(mistral, problem, steps).ids == mistral.encode(f"{problem} {steps[0]} ки\n{steps[1]} ки")
+    llama = tokenizers["llama"]
+    # One beginning-of-sequence token, though template and tokenizer both write one
+    assert Turns().render(llama, problem, steps).ids.count(llama.bos_token_id) == 1
+    assert LINES.render(llama, problem, steps).ids.count(llama.bos_token_id) == 1
+
+
+def test_a_template_that_drops_a_message_is_an_error(tokenizers):
+    class Deaf:
+        chat_template = "{{ messages[0]['content'] }}"
+
+        def apply_chat_template(self, messages, tokenize):
+            return messages[0]["content"]
+
+    with pytest.raises(ValueError, match="writes a message of the assistant 0 times"):
+        chat_frame(Deaf(), ["user", "assistant"])
+
+
+def test_contradictory_renderings_are_errors():
+    with pytest.raises(ValueError, match="must say where {problem} goes"):
+        Tagged(prompt="Question")
+    with pytest.raises(ValueError, match="chat=True and bos=True"):
+        Bare(chat=True, bos=True)
+    with pytest.raises(ValueError, match="a system message needs chat=True"):
+        Bare(system="Be exact.")
+
+
+def test_a_separator_of_several_ids_is_read_at_its_last(tokenizers):
+    qwen = tokenizers["qwen"]
+    separator = encode_text(qwen, " ###\n---\n")
+    assert len(separator) > 1
+    ids, _, reads = Tagged(tag=" ###\n---\n", single=False).render(qwen, "a", ["b", "c"])
+    assert ids == [*qwen.encode("a"), *qwen.encode("b"), *separator, *qwen.encode("c"), *separator]
+    assert reads == [1 + len(separator), 2 + 2 * len(separator)]
+
+
+def test_tokenizers_without_a_fast_implementation_render_too():
+    problem, steps = "What is </s> 2 + 3?", ["2 + 3 = 5 </s> ки", "So <unk> it is\n5."]
+    rendering = Tagged(tag=" ки", first=" ", between="\n")
+    fast, slow = (tokenizer_by_name(name) for name in ("mistral", "mistral-slow"))
+    assert fast.is_fast and not slow.is_fast
+    assert rendering.render(slow, problem, steps) == rendering.render(fast, problem, steps)
+    byt5 = tokenizer_by_name("byt5")
+    rendered = Tagged(tag="\n", first=" ").render(byt5, problem, steps)
+    assert not {*rendered.ids} & {*byt5.all_special_ids}
+    assert byt5.decode(rendered.ids) == f"{problem} {steps[0]}\n{steps[1]}\n"
+    assert [rendered.ids[position] for position in rendered.read_positions] == [byt5.encode("\n")[0]] * 2
+
+
+def test_a_chat_template_is_rendered_once_and_again_when_it_changes():
+    tokenizer, calls = copy.copy(qwen_tokenizer()), []
+    apply = type(tokenizer).apply_chat_template
+
+    class Counting(type(tokenizer)):
+        def apply_chat_template(self, *args, **options):
+            calls.append(1)
+            return apply(self, *args, **options)
+
+    tokenizer.__class__ = Counting
+    first = [chat_frame(tokenizer, ["user", "assistant"], "Be brief.") for _ in range(3)]
+    assert first[0] == first[1] == first[2] and len(calls) == 1
+    first[0].append("changed by the caller")
+    assert chat_frame(tokenizer, ["user", "assistant"], "Be brief.") == first[1]
+    assert chat_frame(tokenizer, ["user", "assistant"]) != first[1] and len(calls) == 2
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    assert chat_frame(tokenizer, ["user", "assistant"]) == ["<", "><", ">"] and len(calls) == 3

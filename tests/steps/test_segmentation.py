@@ -1,0 +1,255 @@
+"""Steps of generated completions: what splits, what does not, and the token that ends each step."""
+
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.tokenizers import FAST, PIECES, REPLACEMENT, characters, completions, load_tokenizer
+from trl_grpo_ext import StepRewards
+from trl_grpo_ext.rewards.types import read_reward
+from trl_grpo_ext.steps.alignment import AlignedText, align_tokens
+from trl_grpo_ext.steps.segmentation import Segmentation, segment, split_text
+
+
+def _every_third(text):
+    return range(0, len(text), 3)
+
+
+WAYS = ["blank_line", "newline", "step_number", "regex:[.。]\\s*", "regex:(?=So|解)", "regex:", _every_third]
+
+
+def steps_of(text, by="blank_line"):
+    return [text[start:end].strip() for start, end in split_text(text, by)]
+
+
+def one_token_each(text):
+    return AlignedText(text, list(range(1, len(text) + 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("by", "text", "expected"),
+    [
+        ("blank_line", "", []),
+        ("blank_line", " \n\n\t\n", []),
+        ("blank_line", "a\nb", ["a\nb"]),
+        ("blank_line", "\n\na\n\n\n \n\nb \n\n", ["a", "b"]),
+        ("blank_line", "a\r\n\r\nb\n\u3000\nc", ["a", "b", "c"]),
+        ("newline", "a\n \nb\nc\n", ["a", "b", "c"]),
+        ("newline", "a\n\\[\nx\n\\]\nb", ["a", "\\[\nx\n\\]", "b"]),
+        ("step_number", "Plan.\nStep 1: a\n\nb Step 9: \nstep 2: c", ["Plan.", "Step 1: a\n\nb Step 9:", "step 2: c"]),
+        (
+            "step_number",
+            "## Step 1: a\n**Step 2**: b\n- Step 10 : c",
+            ["## Step 1: a", "**Step 2**: b", "- Step 10 : c"],
+        ),
+        ("step_number", "Step one: a\nStep 2 b", ["Step one: a\nStep 2 b"]),
+        ("regex:;|ки", "a; b ки c;", ["a;", "b ки", "c;"]),
+        ("regex:(?=So)", "So a. So b", ["So a.", "So b"]),
+        (lambda text: [2, 2, 4], "a b c", ["a", "b", "c"]),
+        (lambda text: [], "a b c", ["a b c"]),
+    ],
+)
+def test_worked_examples(by, text, expected):
+    assert steps_of(text, by) == expected
+
+
+@pytest.mark.parametrize("by", WAYS)
+@settings(max_examples=150, deadline=None)
+@given(text=st.lists(PIECES, max_size=10).map("".join))
+def test_spans_cover_the_text_and_each_says_something(by, text):
+    spans = split_text(text, by)
+    assert bool(spans) == bool(text.strip())
+    if spans:
+        assert spans[0].start == 0 and spans[-1].end == len(text)
+    assert all(left.end == right.start for left, right in pairwise(spans))
+    assert all(text[start:end].strip() for start, end in spans)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab \t\r\n.\u3000中", max_size=40))
+def test_reduces_to_paragraphs_without_maths_and_code(text):
+    assert steps_of(text) == [piece.strip() for piece in re.split(r"\n[^\S\n]*\n", text) if piece.strip()]
+    assert steps_of(text, "newline") == [line.strip() for line in text.split("\n") if line.strip()]
+
+
+PROSE = st.sampled_from(
+    [
+        "So $x$ costs \\$3 and \\$$4.",
+        "A row ends \\\\[2pt] here.",
+        "Use ```x``` in a line.",
+        "```x``` begins a line.",
+        "中文 😀",
+        "\\( y \\)",
+        "a\nb",
+        "- ~~no~~",
+        "x \\] \\end{cases} y",
+    ]
+)
+DECOYS = st.lists(st.sampled_from(["a", "\n\n", "\n", "\\\\[2pt]", "\\$", "解"]), max_size=6).map("".join)
+MATHS = st.recursive(
+    DECOYS,
+    lambda inner: st.one_of(
+        inner.map(lambda body: f"\\[{body}\n\n\\]"),
+        st.tuples(st.sampled_from(["align*", "cases", "equation"]), inner, inner).map(
+            lambda parts: f"\\begin{{{parts[0]}}}\n\n{parts[1]}\n \n{parts[2]}\\end{{{parts[0]}}}"
+        ),
+    ),
+    max_leaves=4,
+)
+CODE = st.lists(
+    st.sampled_from(["x = 1", "", " ", "$$", "\\[", "\\]", "\\begin{cases}", "~~~ a", "``", "echo ```a```"]),
+    max_size=6,
+).map("\n".join)
+WHOLE = st.one_of(
+    MATHS.map(lambda body: f"$$\n\n{body}$$"),
+    MATHS.map(lambda body: f"so \\[\n\n{body}\\]."),
+    MATHS.map(lambda body: f"\\begin{{align}}\n\n{body}\\end{{align}}"),
+    CODE.map(lambda body: f"```python\n\n{body}\n```"),
+    CODE.map(lambda body: f"Run:\n  ````\n{body}\n```\n\n```\n  `````"),
+    CODE.map(lambda body: f"~~~~\n\n{body}\n```\n\n~~~~"),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.one_of(PROSE, WHOLE), min_size=1, max_size=6), st.sampled_from(["\n\n", "\n \n", "\n\n\n"]))
+def test_display_maths_and_fenced_code_are_never_split(blocks, separator):
+    assert steps_of(separator.join(blocks)) == blocks
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["$$", "\\[", "\\begin{align}", "```python", "~~~", "so \\[ x \\] and \\["]),
+    st.lists(st.one_of(PROSE.filter(lambda prose: "\\]" not in prose), WHOLE), max_size=4),
+)
+def test_what_is_never_closed_protects_nothing(opening, blocks):
+    # Another pair of the same kind would close it
+    blocks = [block for block in blocks if not re.search(r"\$\$|`{3}|~{3}|\\end\{align\}", block)]
+    assert steps_of("\n\n".join(["a", opening, *blocks])) == ["a", opening, *blocks]
+
+
+TAGS = ["<extra_0>", " ки", "<|reserved_special_token_0|>", "+", "<|im_end|>", "</s>", "[SEP]"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(PROSE, WHOLE), min_size=1, max_size=5), st.data())
+def test_a_tag_in_the_text_adds_no_step(blocks, data):
+    # Not behind a fence, which a tag would keep from closing
+    blocks = [block for block in blocks if block[-1] not in "`~"]
+    tagged = [block + "".join(data.draw(st.lists(st.sampled_from(TAGS), max_size=3))) for block in blocks]
+    assert steps_of("\n\n".join(tagged)) == [block.strip() for block in tagged]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps to tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_each_step_ends_in_the_token_with_its_last_character(name, data):
+    ids = data.draw(completions(name))
+    by = data.draw(st.sampled_from(WAYS))
+    aligned = align_tokens(load_tokenizer(name), ids)
+    steps = segment(aligned, Segmentation(by))
+    if steps:
+        read = read_reward(StepRewards([step.end for step in steps], [1.0] * len(steps)), len(ids), "steps")
+        assert [step.end for step in steps] == read.ends
+    held = characters(name, ids)
+    last = [held[end - 1] for _, end in split_text(aligned.text, by)]
+    if all(character.text != REPLACEMENT for character in last):
+        assert [step.end for step in steps] == list(dict.fromkeys(character.last for character in last))
+    # An invalid byte may stay open until the next token
+    for step in steps:
+        assert any(character.first <= step.end <= character.last for character in last)
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_joined_steps_are_as_long_and_as_many_as_asked_and_lose_no_text(name, data):
+    ids = data.draw(completions(name))
+    by = data.draw(st.sampled_from([*WAYS, "tokens"]))
+    shortest, most = data.draw(st.integers(1, 6)), data.draw(st.none() | st.integers(1, 4))
+    aligned = align_tokens(load_tokenizer(name), ids)
+    every = segment(aligned, Segmentation(by, window=3))
+    steps = segment(aligned, Segmentation(by, window=3, min_step_tokens=shortest, max_steps=most))
+    assert "".join("".join(step.text.split()) for step in steps) == "".join(aligned.text.split())
+    assert {step.end for step in steps} <= {step.end for step in every}
+    assert [step.end for step in steps[-1:]] == [step.end for step in every[-1:]]
+    assert most is None or len(steps) <= most
+    sizes = [right - left for left, right in pairwise([-1, *(step.end for step in steps)])]
+    assert len(sizes) <= 1 or min(sizes) >= shortest
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_tokens_up_to_the_ends_spell_the_steps(name):
+    tokenizer = load_tokenizer(name)
+    paragraphs = ["Let $x$ be 3 .", "\\[\n\nx^2 = 9\n\n\\]", "因为 😀", "```\na\n\nb\n```", "So \\boxed{9}."]
+    ids = tokenizer.encode("\n\n".join(paragraphs), add_special_tokens=False)
+    steps = segment(align_tokens(tokenizer, ids), Segmentation())
+    assert [step.text for step in steps] == paragraphs
+    pieces = [ids[left + 1 : right + 1] for left, right in pairwise([-1, *(step.end for step in steps)])]
+    assert [tokenizer.decode(piece).strip() for piece in pieces] == paragraphs
+
+
+def test_steps_that_end_in_one_token_are_one():
+    aligned = AlignedText("a\n\nb\n\nc", [1, 6, 7])
+    assert segment(aligned, Segmentation()) == [("a\n\nb", 1), ("c", 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [("a", 2), ("bcde", 8), ("f", 11), ("g", 12)]),
+        ({"min_step_tokens": 2}, [("a", 2), ("bcde", 8), ("f\n\ng", 12)]),
+        ({"min_step_tokens": 4}, [("a\n\nbcde", 8), ("f\n\ng", 12)]),
+        ({"min_step_tokens": 10}, [("a\n\nbcde\n\nf\n\ng", 12)]),
+        ({"min_step_tokens": 99}, [("a\n\nbcde\n\nf\n\ng", 12)]),
+        ({"max_steps": 4}, [("a", 2), ("bcde", 8), ("f", 11), ("g", 12)]),
+        ({"max_steps": 2}, [("a", 2), ("bcde\n\nf\n\ng", 12)]),
+        ({"max_steps": 1}, [("a\n\nbcde\n\nf\n\ng", 12)]),
+        ({"min_step_tokens": 4, "max_steps": 2}, [("a\n\nbcde", 8), ("f\n\ng", 12)]),
+        ({"by": "tokens", "window": 5}, [("a\n\nbc", 4), ("de\n\nf", 9), ("g", 12)]),
+        ({"by": "tokens"}, [("a\n\nbcde\n\nf\n\ng", 12)]),
+    ],
+)
+def test_worked_examples_of_joined_steps(options, expected):
+    assert segment(one_token_each("a\n\nbcde\n\nf\n\ng"), Segmentation(**options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"by": "paragraph"},
+            "unknown by='paragraph'; known: blank_line, newline, step_number, tokens, regex:PATTERN",
+        ),
+        ({"by": "regex:("}, r"by='regex:\(' is not a regular expression"),
+        ({"window": 0}, "window is 0"),
+        ({"min_step_tokens": 0}, "min_step_tokens is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+    ],
+)
+def test_a_bad_segmentation_is_refused_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=f"^Segmentation: {message}"):
+        Segmentation(**options)
+
+
+@pytest.mark.parametrize("ends", [[3, 2], [-1], [4]])
+def test_a_callable_whose_ends_decrease_or_leave_the_text_is_refused(ends):
+    with pytest.raises(ValueError, match=rf"ends\[{len(ends) - 1}\] = {ends[-1]} after .* 3 characters"):
+        split_text("abc", lambda text: ends)
+
+
+def test_windows_of_tokens_need_tokens():
+    with pytest.raises(ValueError, match="unknown by='tokens'"):
+        split_text("abc", "tokens")

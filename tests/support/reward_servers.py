@@ -1,0 +1,176 @@
+"""
+Reward servers for the tests of the remote client, each a process: `python -m tests.reward_servers KIND PORT`.
+
+`real` serves [`Scorer`] with the package's server, `strange` misbehaves in the way that the path says.
+"""
+
+import asyncio
+import collections
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+
+
+UNSCORED = "unscored"
+
+
+class Scorer:
+    """Scores that tell which problem, which step and which place in the solution they belong to."""
+
+    def score_steps(self, problems, steps):
+        return [
+            [self._score(problem, k, step) for k, step in enumerate(own)]
+            for problem, own in zip(problems, steps, strict=True)
+        ]
+
+    def score_batch(self, problems, solutions):
+        return [self._score(problem, 0, solution) for problem, solution in zip(problems, solutions, strict=True)]
+
+    def _score(self, problem, k, text):
+        if text == "sleep":
+            time.sleep(60)
+        if text == "break":
+            raise RuntimeError("the model broke")
+        if text == "unreadable":
+            raise ValueError(f"step {k} of {problem!r} cannot be rendered")
+        if text == "nan":
+            return math.nan
+        return None if UNSCORED in text else zlib.crc32(f"{problem}|{k}|{text}".encode()) / 2**32
+
+
+def correct(asked):
+    """The right answer to a request of OpenRLHF's protocol."""
+    scores = Scorer().score_steps(asked["prompts"], asked["steps"])
+    return {"rewards": [0.0] * len(scores), "scores": [0.0] * len(scores), "step_scores": scores}
+
+
+def _fewer(answer):
+    answer["step_scores"].pop()
+
+
+def _more(answer):
+    answer["step_scores"].append([0.5])
+
+
+def _fewer_steps(answer):
+    answer["step_scores"][-1].pop()
+
+
+def _more_steps(answer):
+    answer["step_scores"][0].append(0.5)
+
+
+def _moved_step(answer):
+    answer["step_scores"][0].append(answer["step_scores"][-1].pop())
+
+
+def _text(answer):
+    answer["step_scores"][0][0] = "0.5"
+
+
+def _nan(answer):
+    answer["step_scores"][0][0] = float("nan")
+
+
+def _truth(answer):
+    answer["step_scores"][0][0] = True
+
+
+def _no_steps(answer):
+    del answer["step_scores"]
+
+
+def _numbers(answer):
+    answer["step_scores"] = [0.5] * len(answer["step_scores"])
+
+
+SPOILED = {
+    spoil.__name__[1:]: spoil
+    for spoil in (_fewer, _more, _fewer_steps, _more_steps, _moved_step, _text, _nan, _truth, _no_steps, _numbers)
+}
+
+
+def strange_app():
+    """`/NAME/get_reward` misbehaves as NAME says; `/hits` has the requests of each path, and the most at once."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    hits = collections.Counter()
+    inside = 0
+
+    async def trickle():
+        while True:
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    def pooling(asked, how):
+        """The row of position p in ids is [1 - p/1000, p/1000]."""
+        tagged = [p for p, token in enumerate(asked["input"]) if how == "tokens" or token == int(how)]
+        return {"data": [{"index": 0, "object": "pooling", "data": [[1 - p / 1000, p / 1000] for p in tagged]}]}
+
+    async def answer(request):
+        nonlocal inside
+        hits[request.url.path] += 1
+        number = hits[request.url.path]
+        how, argument = request.path_params["how"], request.path_params.get("argument", "")
+        asked = await request.json()
+        if how == "status":
+            return Response(f"because of {argument}", int(argument))
+        if how == "flaky" and number <= int(argument):
+            return Response("try again", 503)
+        if how == "slow":
+            await asyncio.sleep(60)
+        if how == "trickle":
+            return StreamingResponse(trickle(), media_type="application/json")
+        if how == "die" and number > int(argument):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "prose":
+            return Response("no json")
+        if how == "redirect":
+            return Response(status_code=307, headers={"location": "/good/get_reward"})
+        if how == "busy":
+            inside += 1
+            hits["most at once"] = max(hits["most at once"], inside)
+            # The later a request came, the sooner it is answered
+            await asyncio.sleep(max(0.01, 0.1 - 0.01 * number))
+            inside -= 1
+        if how == "pooling":
+            return JSONResponse(pooling(asked, argument))
+        if how == "classify":
+            length = len(asked["input"]) if "input" in asked else sum(len(m["content"]) for m in asked["messages"])
+            return JSONResponse({"data": [{"index": 0, "label": None, "probs": [7.0, -length], "asked": asked}]})
+        body = correct(asked)
+        if how in SPOILED:
+            SPOILED[how](body)
+        return Response(json.dumps(body), media_type="application/json")
+
+    async def counts(request):
+        return JSONResponse(dict(hits))
+
+    ends = ("get_reward", "pooling", "classify")
+    posts = [Route(f"/{{how}}/{end}", answer, methods=["POST"]) for end in ends]
+    posts += [Route(f"/{{how}}/{{argument}}/{end}", answer, methods=["POST"]) for end in ends]
+    return Starlette(routes=[Route("/hits", counts), Route("/health", counts), *posts])
+
+
+def real_app():
+    """The package's server for both kinds, with a limit of 64 KiB."""
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Mount, Route
+
+    from trl_grpo_ext.reward_models.remote.server import create_app
+
+    kinds = [Mount(f"/{kind}", create_app(Scorer(), kind, max_bytes=65536)) for kind in ("process", "outcome")]
+    return Starlette(routes=[Route("/health", lambda request: JSONResponse({})), *kinds])
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    uvicorn.run(real_app() if sys.argv[1] == "real" else strange_app(), port=int(sys.argv[2]), log_level="warning")

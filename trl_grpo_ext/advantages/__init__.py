@@ -1,0 +1,1 @@
+"""Token rewards of several sources to group-relative advantages."""

@@ -1,0 +1,80 @@
+"""Means, standard deviations and normalisation over groups of completions."""
+
+from typing import NamedTuple
+
+import torch
+
+
+SCALES = ("group", "batch", "none")
+
+# Spread below this share of the largest value is rounding: two float32 units in the last place
+_RELATIVE_SPREAD = 2.4e-7
+
+_ABSOLUTE_SPREAD = 1e-14
+
+
+class Moments(NamedTuple):
+    """Mean, standard deviation (ddof 1) and whether there is any spread, over some axes that are kept with size 1."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    has_spread: torch.Tensor
+
+
+def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int, ...]) -> Moments:
+    r"""
+    `n = sum w`, `mean = sum w x / n`, `std = sqrt(sum w (x - mean)^2 / (n - 1))`, in two passes.
+
+    There is no spread where `n <= 1` or `std` is no larger than the rounding of the values. Entries with weight 0 are
+    never read.
+    """
+    values = values.where(weights > 0, 0.0)
+    count = weights.sum(dim, keepdim=True)
+    mean = (weights * values).sum(dim, keepdim=True) / count.clamp(min=torch.finfo(values.dtype).tiny)
+    squares = (weights * (values - mean) ** 2).sum(dim, keepdim=True)
+    # Weights 1 / L of a completion's tokens add up to 1 only to rounding
+    several = count > 1.5
+    std = (squares / (count - 1).where(several, 1.0)).sqrt().where(several, 0.0)
+    tolerance = (values.abs().amax(dim, keepdim=True) * _RELATIVE_SPREAD).clamp(min=_ABSOLUTE_SPREAD)
+    return Moments(mean, std, several & (std > tolerance))
+
+
+def standardize(
+    values_PGT: torch.Tensor,
+    weights_PGT: torch.Tensor,
+    group_dims: tuple[int, ...],
+    *,
+    scale: str,
+    eps: float,
+    baseline: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `(x - baseline) / (std + eps)`, with the group's mean as the baseline unless one is given.
+
+    `scale` takes the std over the group (`"group"`), over the same set of all groups (`"batch"`), or none (`"none"`).
+    """
+    group = weighted_moments(values_PGT, weights_PGT, group_dims)
+    counted = group.has_spread & (weights_PGT > 0)
+    centred = values_PGT - (group.mean if baseline is None else baseline)
+    if scale == "group":
+        centred = centred / (group.std + eps)
+    elif scale == "batch":
+        batch = weighted_moments(values_PGT, weights_PGT, (0, *group_dims))
+        centred, counted = centred / (batch.std + eps), counted & batch.has_spread
+    return centred.where(counted, 0.0)
+
+
+def completion_weights(mask_NT: torch.Tensor, judged_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`1 / L_i` on the loss tokens of judged completions, 0 elsewhere: every judged completion counts 1."""
+    counted_NT = (mask_NT & judged_N[:, None]).to(dtype)
+    return counted_NT / mask_NT.sum(1, keepdim=True).clamp(min=1)
+
+
+def pack_order(mask_NT: torch.Tensor) -> torch.Tensor:
+    """Column order that brings each row's True entries to the front and keeps the order among them."""
+    return torch.argsort((~mask_NT).to(torch.uint8), dim=1, stable=True)
+
+
+def grouped(group_size: int, *tensors_NT: torch.Tensor) -> list[torch.Tensor]:
+    """Rows as groups: `(N, T)` to `(P, G, T)`."""
+    return [tensor_NT.unflatten(0, (-1, group_size)) for tensor_NT in tensors_NT]

@@ -1,0 +1,193 @@
+"""Process and outcome reward models as reward sources, and what a bare id in `reward_funcs` stands for."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from accelerate import Accelerator
+from typing_extensions import Self
+
+from ..rewards.types import StepRewards
+from ..steps.alignment import align_tokens
+from ..steps.policy_text import assistant_text, last_user_text, policy_steps, step_rewards
+from ..steps.segmentation import Segmentation, segment, split_text
+from .base import RewardModel, check_solutions
+from .presets import Preset
+from .rendering import encode_text
+from .scorers import Scorer
+from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
+
+
+class ProcessRewardModel(RewardModel):
+    """
+    A process reward model: one score for each step of a solution.
+
+    Usable as a reward function of [`GRPOExtTrainer`], where each score sits on its step's last policy token, and by
+    itself.
+
+    Args:
+        scorer, tokenizer, preset, name, max_length:
+            What [`~RewardModel.from_pretrained`] has loaded.
+        segmentation ([`Segmentation`], *optional*):
+            How completions are split; the preset's by default.
+        policy_tokenizer (*optional*):
+            Tokenizer of the policy, to read `completion_ids` with. The trainer sets it.
+
+    Example:
+
+    ```python
+    >>> prm = ProcessRewardModel.from_pretrained("Qwen/Qwen2.5-Math-PRM-7B", dtype="bfloat16")
+    >>> # One list for each solution, one score in [0, 1] for each of its steps
+    >>> prm.score("What is 2 + 3 * 4?", ["3 * 4 = 12\n\n2 + 12 = 14", "2 + 3 = 5\n\n5 * 4 = 20"])
+    ```
+    """
+
+    kind = "process"
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Any,
+        preset: Preset,
+        name: str,
+        max_length: int | None = None,
+        segmentation: Segmentation | None = None,
+        policy_tokenizer: Any = None,
+    ):
+        super().__init__(scorer, tokenizer, preset, name, max_length)
+        self.segmentation = preset.segmentation if segmentation is None else segmentation
+        self.policy_tokenizer = policy_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, model: str, *, segmentation: Segmentation | None = None, **options: Any) -> Self:
+        """[`RewardModel.from_pretrained`], and `segmentation`: how completions are split, instead of the preset's."""
+        reward_model = super().from_pretrained(model, **options)
+        if segmentation is not None:
+            reward_model.segmentation = segmentation
+        return reward_model
+
+    def fed(self) -> tuple[Any, ...]:
+        """[`RewardModel.fed`], and how completions are split."""
+        return *super().fed(), self.segmentation, self.policy_tokenizer
+
+    def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
+        """[`RewardModel.prepare`], and the tokenizer of the policy whose `completion_ids` will come."""
+        super().prepare(accelerator, policy_tokenizer, batch_tokens)
+        self.policy_tokenizer = policy_tokenizer
+
+    def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[list[float | None]]:
+        """
+        Scores of steps that are already split.
+
+        Args:
+            problems (`Sequence[str]`):
+                The problem of each solution.
+            steps (`Sequence[Sequence[str]]`):
+                The steps of each solution.
+
+        Returns:
+            `list[list[float | None]]`: as many as there are steps; `None` for those that did not fit into
+            `max_length`, which are the last ones.
+
+        Raises:
+            TypeError: a text where a list of steps belongs.
+            ValueError: an empty step, or as many problems as solutions are not given.
+        """
+        if len(problems) != len(steps):
+            raise ValueError(f"{len(problems)} problems for {len(steps)} solutions.")
+        for index, own in enumerate(steps):
+            if isinstance(own, str):
+                raise TypeError(f"solution {index} is a text, {own!r}; give its steps as a list, or use `score`.")
+            if not all(step.strip() for step in own):
+                raise ValueError(
+                    f"solution {index}: step {[bool(step.strip()) for step in own].index(False)} is empty."
+                )
+        rendered = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
+        return [
+            [*values, *[None] * (len(own) - len(values))]
+            for own, values in zip(steps, self._read(rendered), strict=True)
+        ]
+
+    def split(self, solution: str) -> list[str]:
+        """Steps of a solution that is text, by `segmentation`; tokens are those of the reward model."""
+        by = self.segmentation.by
+        if by != "tokens" and self.segmentation == Segmentation(by=by):
+            return [solution[start:end].strip() for start, end in split_text(solution, by)]
+        aligned = align_tokens(self.tokenizer, encode_text(self.tokenizer, solution))
+        return [step.text for step in segment(aligned, self.segmentation)]
+
+    def score(self, problem: str, solutions: Sequence[str]) -> list[list[float | None]]:
+        """Scores of the steps of solutions to one problem, `None` where unscored."""
+        check_solutions(solutions)
+        return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        *,
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Any,
+    ) -> list[StepRewards | None]:
+        """TRL's call of a reward function: scores on the policy's tokens, `None` for steps that did not fit."""
+        source = f"process reward model '{self.name}'"
+        steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
+        problems = [last_user_text(prompt) for prompt in prompts]
+        scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
+        return [step_rewards(own, values) for own, values in zip(steps, scores, strict=True)]
+
+    def self_check(self) -> None:
+        """
+        Score a right and a corrupted solution.
+
+        Raises:
+            ValueError: the corrupted step and those after it do not score lower, on average.
+        """
+        good, bad = self.score_steps([PROBLEM] * 2, [GOOD_STEPS, BAD_STEPS])
+        means = [fmean(math.nan if value is None else value for value in own[CORRUPTED:]) for own in (good, bad)]
+        check_order(self, means[0], means[1], f"{good} and {bad}")
+
+
+class OutcomeRewardModel(RewardModel):
+    """
+    An outcome reward model: one number for each solution.
+
+    Usable as a reward function of [`GRPOExtTrainer`] and by itself.
+
+    Example:
+
+    ```python
+    >>> orm = OutcomeRewardModel.from_pretrained("nvidia/AceMath-7B-RM", dtype="bfloat16")
+    >>> # One number for each solution
+    >>> orm.score("What is 2 + 3 * 4?", ["2 + 12 = 14", "5 * 4 = 20"])
+    ```
+    """
+
+    kind = "outcome"
+
+    def score_batch(self, problems: Sequence[str], solutions: Sequence[str]) -> list[float | None]:
+        """One number for each solution; `None` for one that does not fit into `max_length`."""
+        pairs = zip(problems, solutions, strict=True)
+        read = self._read([self._render(problem, [solution]) for problem, solution in pairs])
+        return [values[0] if values else None for values in read]
+
+    def score(self, problem: str, solutions: Sequence[str]) -> list[float | None]:
+        """One number for each solution to one problem."""
+        check_solutions(solutions)
+        return self.score_batch([problem] * len(solutions), solutions)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """TRL's call of a reward function."""
+        problems = [last_user_text(prompt) for prompt in prompts]
+        return self.score_batch(problems, [assistant_text(completion) for completion in completions])
+
+    def self_check(self) -> None:
+        """
+        Score a right and a corrupted solution.
+
+        Raises:
+            ValueError: the corrupted solution does not score lower.
+        """
+        good, bad = self.score(PROBLEM, ["\n\n".join(GOOD_STEPS), "\n\n".join(BAD_STEPS)])
+        check_order(self, math.nan if good is None else good, math.nan if bad is None else bad, f"{good} and {bad}")

@@ -1,0 +1,1 @@
+"""Text of the policy to steps, and steps to the policy's tokens."""
