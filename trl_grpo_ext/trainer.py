@@ -261,7 +261,7 @@ class GRPOExtTrainer(CheckpointedTrainer):
             estimator=self.args.process_advantage,
             gamma=cast(float | list[float], self.args.gamma),
             gamma_unit=self.args.gamma_unit,
-            baseline=self.args.position_baseline,
+            options={"position_baseline": self.args.position_baseline},
         )[:, : mask_BT.size(1)]
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:

@@ -40,7 +40,7 @@ class Batch:
             "estimator": estimator,
             "gamma": self.gammas[0] if one_gamma else self.gammas,
             "gamma_unit": unit,
-            "baseline": baseline or "all",
+            "options": {"position_baseline": baseline or "all"},
             "aggregation": order,
             "scale": scale,
             "eps": self.eps,
@@ -57,7 +57,11 @@ class Batch:
         return advantages.numpy()
 
     def oracle(self, options):
-        return oracles.process_advantages(self.rewards, self.mask, self.weights, self.group_size, **options)
+        options = options.copy()
+        baseline = options.pop("options")["position_baseline"]
+        return oracles.process_advantages(
+            self.rewards, self.mask, self.weights, self.group_size, baseline=baseline, **options
+        )
 
 
 batches = st.builds(
@@ -192,8 +196,10 @@ def test_a_missing_source_is_left_out_of_that_completion_only(estimator):
     batch = Batch(seed=5, sources=2, groups=1, group_size=4, length=5)
     batch.mask[:] = 1
     batch.rewards = batch.rng.normal(size=batch.rewards.shape)
+    # The first source judges all completions and has no spread, so that its own advantages are 0.
+    batch.rewards[0] = 0.0
     batch.rewards[1, 2:] = np.nan
-    batch.weights = np.array([0.0, 1.0])
+    batch.weights = np.array([1.0, 1.0])
     advantages = batch.run(batch.options(estimator, order="normalize_then_sum"))
     of_pair = batch.run(
         batch.options(estimator) | {"gamma": batch.gammas[1]},
@@ -288,7 +294,7 @@ def test_reduces_to_trl_outcome_advantages_with_one_token(group_size, estimator,
             group_size,
             estimator=estimator,
             gamma=0.99,
-            baseline=baseline or "all",
+            options={"position_baseline": baseline or "all"},
             aggregation=order,
             scale=scale,
         )
@@ -333,7 +339,7 @@ def test_position_reduces_to_seed_document(lengths):
         4,
         estimator="position",
         gamma=0.99,
-        baseline="all",
+        options={"position_baseline": "all"},
         aggregation="sum_then_normalize",
         scale="group",
         eps=1e-8,
@@ -392,10 +398,10 @@ def test_a_group_size_that_does_not_divide_is_named(group_size):
         process_advantages(*[torch.ones(s) for s in SHAPES.values()], group_size, estimator="position", gamma=0.9)
 
 
-@pytest.mark.parametrize("option", ["estimator", "gamma_unit", "baseline", "aggregation", "scale"])
+@pytest.mark.parametrize("option", ["estimator", "gamma_unit", "aggregation", "scale"])
 def test_an_unknown_name_is_named(option):
     options = {"estimator": "position", "gamma": 0.9, option: "positoin"}
-    with pytest.raises(ValueError, match="positoin"):
+    with pytest.raises(ValueError, match=rf"^{option} must be one of .*'positoin'"):
         process_advantages(*[torch.ones(s) for s in SHAPES.values()], 3, **options)
 
 

@@ -27,7 +27,7 @@ def advantages_of(rewards_NT, mask_NT, group_size, *, estimator, gamma=1.0, weig
         group_size,
         estimator=estimator,
         gamma=gamma,
-        baseline=baseline or "all",
+        options={"position_baseline": baseline or "all"},
         **options,
     )
     return advantages.double().numpy()

@@ -1,104 +1,252 @@
 """
-Token rewards of one stream to group-relative advantages.
+The advantage estimators, as one table: a new one is one function and one row of [`ESTIMATORS`].
 
-Conventions of this module: groups are consecutive blocks of G rows; `rewards_NT` holds NaN where no reward is given;
-completions are packed, their loss tokens first (see [`~trl_grpo_ext.advantages.combine.process_advantages`]); standard
-deviations have ddof 1; a set without spread, or of one completion, gets advantage exactly 0.
+Conventions of the functions:
+
+- Groups are consecutive blocks of G rows.
+- Completions are packed: the L loss tokens of a completion are the first L columns of its row.
+- Standard deviations have ddof 1.
+- A set of values without spread, or of one completion, is normalised to exactly 0.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from .normalization import completion_weights, grouped, pack_order, standardize
+from .normalization import completion_weights, grouped, mean_of_others, pack_order, standardize
 
 
-BASELINES = ("all", "active")
+STAGES = ("step_rewards", "returns")
 
 # PURE's softmax temperature over step rewards
 SOFT_MINIMUM_TEMPERATURE = 0.1
 
 
-def position_advantages(
-    returns_NT: torch.Tensor,
-    mask_NT: torch.Tensor,
-    judged_N: torch.Tensor,
-    group_size: int,
-    *,
-    baseline: str,
-    scale: str,
-    eps: float,
-) -> torch.Tensor:
-    r"""
-    Returns normalised across the group at each token index, the seed document's order: return, then normalise.
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
-    `A_{i,t} = (R_{i,t} - mean_j R_{j,t}) / (std_j R_{j,t} + eps)` over the judged completions j of i's group, where
-    completions that ended before t count as return 0 (`baseline="all"`) or not at all (`"active"`).
+
+class EstimatorInputs(NamedTuple):
+    """
+    What an estimator's function normalises, and how.
+
+    Attributes:
+        values_NT (`torch.Tensor` of shape `(N, T)`):
+            Step rewards, NaN on tokens without one, or returns, 0 outside the mask: as the estimator's row says.
+        mask_NT (`torch.Tensor` of shape `(N, T)`):
+            True on loss tokens.
+        judged_N (`torch.Tensor` of shape `(N,)`):
+            True for completions with at least one reward. The others must not enter a mean or a standard deviation.
+        group_size (`int`):
+            Completions per group.
+        scale (`str`):
+            `"group"`, `"batch"` or `"none"`: the values whose standard deviation is divided by.
+        eps (`float`):
+            Added to every standard deviation that is divided by.
+    """
+
+    values_NT: torch.Tensor
+    mask_NT: torch.Tensor
+    judged_N: torch.Tensor
+    group_size: int
+    scale: str
+    eps: float
+
+
+def _unchanged(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """
+    A row of [`ESTIMATORS`].
+
+    Args:
+        function (`Callable[..., torch.Tensor]`):
+            Maps [`EstimatorInputs`], and the options as keywords, to normalised values `(N, T)`. What it returns on
+            tokens without a step reward (if it normalises step rewards), or outside the mask and for completions that
+            are not judged (if it normalises returns), is ignored.
+        normalizes (`str`, *optional*, defaults to `"returns"`):
+            `"returns"`: the returns come first, and the function gives the advantages. `"step_rewards"`: the function
+            comes first, and the returns of what it gives are the advantages.
+        options (`Mapping[str, Sequence[Any]]`, *optional*):
+            The configuration's fields that the function takes as keywords, each with its allowed values. With no
+            allowed values, `()`, the function checks the value itself.
+        shape_rewards (`Callable[[torch.Tensor], torch.Tensor]`, *optional*):
+            Maps the step rewards `(..., T)` of each source, before anything else. It must keep NaN where it is. By
+            default nothing is changed.
+        description (`str`, *optional*, defaults to `""`):
+            A few words for help texts.
+
+    Raises:
+        ValueError: `normalizes` is neither of its values.
+    """
+
+    function: Callable[..., torch.Tensor]
+    normalizes: str = "returns"
+    options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    shape_rewards: Callable[[torch.Tensor], torch.Tensor] = _unchanged
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("normalizes", self.normalizes, STAGES)
+
+    def with_options(self, options: Mapping[str, Any]) -> "Estimator":
+        """
+        This estimator, its function bound to those of the options that it reads.
+
+        Options that only other estimators read are ignored, so that a caller may pass all that the configuration has.
+
+        Args:
+            options (`Mapping[str, Any]`):
+                Values by name.
+
+        Returns:
+            `Estimator`: one whose function needs no keywords.
+
+        Raises:
+            ValueError: a value that is not allowed, or a name that neither this estimator nor any of the table reads.
+        """
+        known = dict.fromkeys(name for row in (self, *ESTIMATORS.values()) for name in row.options)
+        for name in options:
+            check_choice("an option of the advantage estimators", name, tuple(known))
+        chosen = {name: options[name] for name in self.options if name in options}
+        for name, value in chosen.items():
+            if self.options[name]:
+                check_choice(name, value, self.options[name])
+        return replace(self, function=partial(self.function, **chosen))
+
+
+def normalize_by_position(inputs: EstimatorInputs, *, position_baseline: str = "all") -> torch.Tensor:
+    r"""
+    Returns normalised across the group at each token index: the seed document's order, return, then normalise.
+
+    `A_{i,t} = (R_{i,t} - mean_j R_{j,t}) / (std_j R_{j,t} + eps)`
+
+    over the judged completions j of i's group. Completions that ended before t count as return 0
+    (`position_baseline="all"`) or not at all (`"active"`).
 
     Reduces to TRL's advantages for one token per completion.
     """
-    counted_NT = judged_N[:, None] & (mask_NT if baseline == "active" else torch.ones_like(mask_NT))
-    values_PGT, weights_PGT = grouped(group_size, returns_NT.where(mask_NT, 0.0), counted_NT.to(returns_NT))
-    return standardize(values_PGT, weights_PGT, (1,), scale=scale, eps=eps).flatten(0, 1).where(mask_NT, 0.0)
+    counted_NT = inputs.judged_N[:, None].expand_as(inputs.mask_NT)
+    if position_baseline == "active":
+        counted_NT = counted_NT & inputs.mask_NT
+    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, counted_NT.to(inputs.values_NT))
+    return standardize(values_PGT, weights_PGT, (1,), scale=inputs.scale, eps=inputs.eps).flatten(0, 1)
 
 
-def pooled_rewards(rewards_NT: torch.Tensor, group_size: int, *, scale: str, eps: float) -> torch.Tensor:
+def normalize_pooled(inputs: EstimatorInputs) -> torch.Tensor:
     r"""
-    Step rewards normalised over all step rewards of the group; NaN where there is none.
+    Step rewards normalised over all step rewards of the group (DeepSeekMath, arXiv 2402.03300, section 4.1.3).
 
-    `r~ = (r - mean(R)) / (std(R) + eps)` with R the rewards of all completions of the group (DeepSeekMath, arXiv
-    2402.03300, section 4.1.3). A group with fewer than two judged completions has nothing to compare and gets 0.
+    `r~ = (r - mean(R)) / (std(R) + eps)`
+
+    with R the step rewards of all completions of the group. A group with fewer than two judged completions has nothing
+    to compare and gets 0.
 
     Reduces to TRL's advantages for one reward per completion.
     """
-    given_NT = ~rewards_NT.isnan()
-    several_P = given_NT.any(1).view(-1, group_size).sum(1) > 1
-    values_PGT, weights_PGT = grouped(group_size, rewards_NT.nan_to_num(), given_NT.to(rewards_NT))
-    normalised_PGT = standardize(values_PGT, weights_PGT, (1, 2), scale=scale, eps=eps)
-    return normalised_PGT.where(several_P[:, None, None], 0.0).flatten(0, 1).where(given_NT, torch.nan)
+    given_NT = ~inputs.values_NT.isnan()
+    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT.nan_to_num(), given_NT.to(inputs.values_NT))
+    normalized_PGT = standardize(values_PGT, weights_PGT, (1, 2), scale=inputs.scale, eps=inputs.eps)
+    # The step rewards of a single completion do have spread
+    several_P = inputs.judged_N.view(-1, inputs.group_size).sum(1) > 1
+    return normalized_PGT.where(several_P[:, None, None], 0.0).flatten(0, 1)
 
 
-def step_rewards(rewards_NT: torch.Tensor, group_size: int, *, scale: str, eps: float) -> torch.Tensor:
+def normalize_by_step(inputs: EstimatorInputs) -> torch.Tensor:
     r"""
-    Step rewards normalised among the k-th steps of the group, for each k; NaN where there is none.
+    Step rewards normalised among the k-th steps of the group, for each k, as in LightRFT.
 
-    `r~_{i,k} = (r_{i,k} - mean_j r_{j,k}) / (std_j r_{j,k} + eps)` over the completions j that have a k-th step, as in
-    LightRFT. A k-th step that only one completion has gets 0.
+    `r~_{i,k} = (r_{i,k} - mean_j r_{j,k}) / (std_j r_{j,k} + eps)`
+
+    over the completions j that have a k-th step. A k-th step that only one completion has gets 0.
+
+    Reduces to TRL's advantages for one reward per completion.
     """
-    given_NT = ~rewards_NT.isnan()
+    given_NT = ~inputs.values_NT.isnan()
+    # Column k holds each completion's k-th step reward
     order_NT = pack_order(given_NT)
-    packed_NT, has_NT = rewards_NT.gather(1, order_NT).nan_to_num(), given_NT.gather(1, order_NT)
-    values_PGT, weights_PGT = grouped(group_size, packed_NT, has_NT.to(rewards_NT))
-    normalised_NT = standardize(values_PGT, weights_PGT, (1,), scale=scale, eps=eps).flatten(0, 1)
-    return torch.zeros_like(rewards_NT).scatter(1, order_NT, normalised_NT).where(given_NT, torch.nan)
+    steps_NT = inputs.values_NT.gather(1, order_NT).nan_to_num()
+    has_step_NT = given_NT.gather(1, order_NT)
+    values_PGT, weights_PGT = grouped(inputs.group_size, steps_NT, has_step_NT.to(steps_NT))
+    normalized_PGT = standardize(values_PGT, weights_PGT, (1,), scale=inputs.scale, eps=inputs.eps)
+    return torch.zeros_like(steps_NT).scatter(1, order_NT, normalized_PGT.flatten(0, 1))
 
 
-def soft_minimum_rewards(rewards_NT: torch.Tensor, temperature: float = SOFT_MINIMUM_TEMPERATURE) -> torch.Tensor:
+def normalize_against_others(inputs: EstimatorInputs) -> torch.Tensor:
     r"""
-    Step rewards weighted towards the completion's worst step; NaN where there is none.
+    Returns minus the mean token return of the group's other completions, over the std of the token returns.
 
-    `r*_k = r_k softmax_k(-r_k / temperature)`, so that their sum approaches `min_k r_k` (PURE, arXiv 2504.15275).
-    """
-    given_NT = ~rewards_NT.isnan()
-    logits_NT = (-rewards_NT / temperature).where(given_NT, -torch.inf)
-    return (torch.softmax(logits_NT, dim=1) * rewards_NT).where(given_NT, torch.nan)
+    `A_{i,t} = (R_{i,t} - 1/(n-1) sum_{j != i} m_j) / (std + eps)`, `m_j = 1/L_j sum_t R_{j,t}`
 
+    over the n judged completions of i's group. In the std every completion counts once: its tokens have weight
+    `1 / L_j`. `scale="none"` leaves the division out.
 
-def leave_one_out_advantages(
-    returns_NT: torch.Tensor, mask_NT: torch.Tensor, judged_N: torch.Tensor, group_size: int, *, scale: str, eps: float
-) -> torch.Tensor:
-    r"""
-    Returns against the mean token return of the group's other completions.
-
-    `A_{i,t} = R_{i,t} - 1/(n-1) sum_{j != i} m_j`, `m_j = 1/L_j sum_t R_{j,t}` over the n judged completions, divided
-    by the std of the token returns, each completion counting once, unless `scale` is `"none"`. PURE (arXiv 2504.15275;
-    the verl branch of its code) divides the sums of the others' returns by the padded length instead of by their own,
-    so that its baseline depends on the padding.
+    PURE (arXiv 2504.15275; the verl branch of its code) divides the sums of the others' returns by the padded length
+    instead of by their own, so that its baseline depends on the padding.
 
     Reduces to RLOO for outcome rewards at gamma = 1 and `scale="none"`.
     """
-    weights_NT = completion_weights(mask_NT, judged_N, returns_NT.dtype)
-    values_PGT, weights_PGT = grouped(group_size, returns_NT.where(mask_NT, 0.0), weights_NT)
+    weights_NT = completion_weights(inputs.mask_NT, inputs.judged_N, inputs.values_NT.dtype)
+    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, weights_NT)
     means_PG1 = (weights_PGT * values_PGT).sum(2, keepdim=True)
-    others_PG1 = judged_N.view(-1, group_size, 1).sum(1, keepdim=True).to(returns_NT) - 1
-    baseline_PG1 = (means_PG1.sum(1, keepdim=True) - means_PG1) / others_PG1.clamp(min=1)
-    advantages_PGT = standardize(values_PGT, weights_PGT, (1, 2), scale=scale, eps=eps, baseline=baseline_PG1)
-    return advantages_PGT.flatten(0, 1)
+    judged_PG1 = inputs.judged_N.view(-1, inputs.group_size, 1).to(means_PG1)
+    baseline_PG1 = mean_of_others(means_PG1, judged_PG1)
+    return standardize(
+        values_PGT, weights_PGT, (1, 2), scale=inputs.scale, eps=inputs.eps, baseline=baseline_PG1
+    ).flatten(0, 1)
+
+
+def soft_minimum_rewards(rewards: torch.Tensor) -> torch.Tensor:
+    r"""
+    Step rewards weighted towards the completion's worst step, so that their sum is close to the lowest of them.
+
+    `r*_k = r_k softmax_k(-r_k / 0.1)`
+
+    over the step rewards of a completion, the last axis; NaN where there is none. `sum_k r*_k` approaches `min_k r_k`
+    as the temperature, here PURE's 0.1, approaches 0 (arXiv 2504.15275).
+    """
+    given = ~rewards.isnan()
+    logits = (-rewards / SOFT_MINIMUM_TEMPERATURE).where(given, -torch.inf)
+    # Without any reward the softmax is NaN, as is the result
+    return (torch.softmax(logits, dim=-1) * rewards).where(given, torch.nan)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "position": Estimator(
+        normalize_by_position,
+        normalizes="returns",
+        options={"position_baseline": ("all", "active")},
+        description="returns, normalised across the group at each token index",
+    ),
+    "pooled": Estimator(
+        normalize_pooled,
+        normalizes="step_rewards",
+        description="step rewards, normalised over the whole group, then returns",
+    ),
+    "step": Estimator(
+        normalize_by_step,
+        normalizes="step_rewards",
+        description="step rewards, the k-th steps of the group normalised together, then returns",
+    ),
+    "min": Estimator(
+        normalize_against_others,
+        normalizes="returns",
+        shape_rewards=soft_minimum_rewards,
+        description="returns of the soft minimum over the steps, minus the mean return of the other completions",
+    ),
+}
+
+
+def find_estimator(estimator: str | Estimator) -> Estimator:
+    """The row of that name, or the estimator itself."""
+    if isinstance(estimator, Estimator):
+        return estimator
+    check_choice("estimator", estimator, tuple(ESTIMATORS))
+    return ESTIMATORS[estimator]

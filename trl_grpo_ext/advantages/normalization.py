@@ -64,6 +64,19 @@ def standardize(
     return centred.where(counted, 0.0)
 
 
+def mean_of_others(values_PGT: torch.Tensor, weights_PGT: torch.Tensor) -> torch.Tensor:
+    r"""
+    Mean of the values of the group's other completions, those with weight 0 left out.
+
+    `b_i = sum_{j != i} w_j x_j / sum_{j != i} w_j`, with weights 0 or 1
+
+    Returns 0 where there is no other.
+    """
+    weighted_PGT = weights_PGT * values_PGT
+    others_PGT = weights_PGT.sum(1, keepdim=True) - weights_PGT
+    return (weighted_PGT.sum(1, keepdim=True) - weighted_PGT) / others_PGT.clamp(min=1)
+
+
 def completion_weights(mask_NT: torch.Tensor, judged_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`1 / L_i` on the loss tokens of judged completions, 0 elsewhere: every judged completion counts 1."""
     counted_NT = (mask_NT & judged_N[:, None]).to(dtype)
