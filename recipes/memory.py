@@ -252,7 +252,7 @@ def parts(
     yield Part("gradients of activations", 3 * tokens * text.intermediate_size * itemsize, TRAINING)
     own = args.per_device_train_batch_size * completion
     if args.kl_estimator == "exact":
-        yield Part("head, tiles of logits", args.logits_memory, TRAINING)
+        yield Part("head, tiles of logits", args.logits_memory_bytes, TRAINING)
         yield Part("head, gradient of hidden states", 2 * own * text.hidden_size * FLOAT32, TRAINING)
     if quantization is not None:
         yield Part("one matrix dequantised", matrix, TRAINING)

@@ -16,7 +16,7 @@ from trl_grpo_ext import GRPOExtConfig
 
 DEFAULTS = {
     "supervision": "outcome",
-    "process_advantage": "position",
+    "advantage_estimator": "position",
     "position_baseline": "all",
     "gamma": 0.99,
     "gamma_unit": "token",
@@ -24,8 +24,9 @@ DEFAULTS = {
     "reward_transforms": None,
     "outcome_gate": None,
     "kl_estimator": "k3",
+    "kl_direction": "reverse",
     "kl_reduction": "loss_type",
-    "logits_memory": 256 * 2**20,
+    "logits_memory_bytes": 256 * 2**20,
     "prompt_separator": None,
     "reward_batch_tokens": None,
 }
@@ -78,7 +79,7 @@ def bad(name, value, shown=None):
 BAD_VALUES = [
     bad("supervision", "proces"),
     bad("supervision", None),
-    bad("process_advantage", "max"),
+    bad("advantage_estimator", "max"),
     bad("position_baseline", "none"),
     *(bad("gamma", value) for value in (-0.01, 1.01, math.nan, math.inf, True, None, "0.9")),
     *(bad("gamma", value) for value in ([0.9, 1.5], [0.9, math.nan], [0.9, False], [[0.9, 0.8]])),
@@ -95,7 +96,7 @@ BAD_VALUES = [
     bad("kl_reduction", "mean"),
     bad("prompt_separator", "", "empty"),
     bad("prompt_separator", 5),
-    *(bad("logits_memory", value) for value in (0, None, 1e9)),
+    *(bad("logits_memory_bytes", value) for value in (0, None, 1e9)),
     bad("reward_batch_tokens", 0),
     bad("reward_batch_tokens", -1),
     *(bad("reward_batch_tokens", value) for value in (1.5, True, "64")),
@@ -130,12 +131,12 @@ BAD_COMBINATIONS = {
     "k2 without beta": ({"kl_estimator": "k2"}, ["kl_estimator='k2'", "beta"]),
     "token_mean without beta": ({"kl_reduction": "token_mean"}, ["kl_reduction='token_mean'", "beta"]),
     "pooled sum with two gammas": (
-        {**PROCESS, "process_advantage": "pooled", "gamma": [0.9, 1.0]},
-        ["process_advantage='pooled'", "gamma", "[0.9, 1.0]", "normalize_then_sum"],
+        {**PROCESS, "advantage_estimator": "pooled", "gamma": [0.9, 1.0]},
+        ["advantage_estimator='pooled'", "gamma", "[0.9, 1.0]", "normalize_then_sum"],
     ),
     "step sum with two gammas": (
-        {**PROCESS, "process_advantage": "step", "gamma": [0.9, 1.0]},
-        ["process_advantage='step'", "gamma", "[0.9, 1.0]", "normalize_then_sum"],
+        {**PROCESS, "advantage_estimator": "step", "gamma": [0.9, 1.0]},
+        ["advantage_estimator='step'", "gamma", "[0.9, 1.0]", "normalize_then_sum"],
     ),
 }
 
@@ -157,14 +158,14 @@ def test_a_combination_that_does_not_work_is_refused_with_the_way_out(combinatio
         {"kl_reduction": "token_mean", "beta": 0.1},
         {"importance_sampling_level": "sequence"},
         {**PROCESS, "importance_sampling_level": "sequence_token"},
-        {**PROCESS, "process_advantage": "pooled", "gamma": [0.9, 0.9]},
+        {**PROCESS, "advantage_estimator": "pooled", "gamma": [0.9, 0.9]},
         {
             **PROCESS,
-            "process_advantage": "step",
+            "advantage_estimator": "step",
             "gamma": [0.9, 1.0],
             "multi_objective_aggregation": "normalize_then_sum",
         },
-        {**PROCESS, "process_advantage": "min", "gamma": [0, 1]},
+        {**PROCESS, "advantage_estimator": "min", "gamma": [0, 1]},
         {"advantage_eps": 0.0},
         {"reward_transforms": ["none", "center", "clip", "clip:0.3", "clip:-1e-2", "delta", "progress"]},
         {"reward_batch_tokens": 1, "prompt_separator": " "},
@@ -178,7 +179,7 @@ def test_the_neighbours_of_what_is_refused_are_taken_without_a_warning(changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gamma": 0.9}, {"gamma_unit": "step"}, {"process_advantage": "min"}, {"position_baseline": "active"}],
+    [{"gamma": 0.9}, {"gamma_unit": "step"}, {"advantage_estimator": "min"}, {"position_baseline": "active"}],
 )
 def test_a_process_field_without_process_supervision_warns_with_its_name(changes):
     (name,) = changes
@@ -215,8 +216,8 @@ def parse(*arguments):
             {"reward_batch_tokens": 4096, "prompt_separator": "<sep>"},
         ),
         (
-            ["--supervision", "process", "--process_advantage", "min", "--gamma_unit", "step"],
-            {"supervision": "process", "process_advantage": "min", "gamma_unit": "step"},
+            ["--supervision", "process", "--advantage_estimator", "min", "--gamma_unit", "step"],
+            {"supervision": "process", "advantage_estimator": "min", "gamma_unit": "step"},
         ),
     ],
 )
@@ -229,7 +230,7 @@ def test_the_command_line_is_read(arguments, expected):
     "arguments",
     [
         ["--supervision", "token"],
-        ["--process_advantage", "mean"],
+        ["--advantage_estimator", "mean"],
         ["--position_baseline", "ended"],
         ["--gamma_unit", "word"],
         ["--kl_estimator", "k4"],
@@ -255,7 +256,7 @@ def test_the_command_line_refuses_what_is_not_a_choice(arguments, capsys):
         ("reward_transforms: [none, 'clip:0.3']", {"reward_transforms": ["none", "clip:0.3"]}),
         ("reward_transforms:\n- delta\n", {"reward_transforms": ["delta"]}),
         ("advantage_eps: 1e-8", {"advantage_eps": 1e-8}),
-        ("supervision: process\nprocess_advantage: step", {"supervision": "process", "process_advantage": "step"}),
+        ("supervision: process\nadvantage_estimator: step", {"supervision": "process", "advantage_estimator": "step"}),
         ('prompt_separator: "\\n"', {"prompt_separator": "\n"}),
         ("reward_batch_tokens: 4096", {"reward_batch_tokens": 4096}),
     ],
@@ -286,7 +287,7 @@ def test_a_yaml_file_with_a_bad_value_is_refused(text, message, tmp_path):
 
 
 CHANGED = {
-    **{name: value for name, value in DEFAULTS.items() if name in ("position_baseline", "process_advantage")},
+    **{name: value for name, value in DEFAULTS.items() if name in ("position_baseline", "advantage_estimator")},
     "supervision": "process",
     "gamma": [0.9, 1.0],
     "gamma_unit": "step",
@@ -296,7 +297,7 @@ CHANGED = {
     "kl_reduction": "token_mean",
     "prompt_separator": "\n",
     "reward_batch_tokens": 64,
-    "logits_memory": 10**8,
+    "logits_memory_bytes": 10**8,
 }
 
 

@@ -38,7 +38,12 @@ MAY_USE_UPSTREAM = [
     *("reward_models/backbone.py", "rewards/sources.py"),
 ]
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common
-MAY_ASK_FOR_ATTRIBUTES = {"rewards/sources.py": ["getattr"], "rewards/types.py": ["hasattr"]}
+# ... and the one place that sets attributes of an upstream object for a moment
+MAY_ASK_FOR_ATTRIBUTES = {
+    "_swapped.py": ["getattr", "setattr", "setattr"],
+    "rewards/sources.py": ["getattr"],
+    "rewards/types.py": ["hasattr"],
+}
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
@@ -116,6 +121,57 @@ def test_nothing_is_asked_of_an_object_that_upstream_has_checked(module):
     called = [function.id for function in calls if isinstance(function, ast.Name)]
     asked = [name for name in called if name in ("getattr", "hasattr", "setattr", "delattr")]
     assert asked in ([], MAY_ASK_FOR_ATTRIBUTES.get(module))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "_trl.py"])
+def test_no_attribute_is_reached_through_vars(module):
+    subscripted = [n.value for n in ast.walk(tree(MODULES[module])) if isinstance(n, (ast.Subscript, ast.Attribute))]
+    called = [n.func.id for n in subscripted if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert "vars" not in called
+
+
+SOURCES = [*MODULES.values(), *RECIPES]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_statement_holds_one_thought(path):
+    """No `a, b = x, y`: two assignments on a line hide one of them. A swap, `a, b = b, a`, is one thought."""
+    packed = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            targets = [target for target in node.targets if isinstance(target, ast.Tuple)]
+            names = {ast.unparse(element) for target in targets for element in target.elts}
+            if targets and names != {ast.unparse(element) for element in node.value.elts}:
+                packed.append(node.lineno)
+    assert packed == []
+
+
+def test_shape_suffixes_are_those_of_the_table():
+    table = set(re.findall(r"^\| `([A-Z])` \|", ast.get_docstring(tree(MODULES["__init__.py"])), re.M))
+    used = set()
+    for path in MODULES.values():
+        for node in ast.walk(tree(path)):
+            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
+            if suffix := re.search(r"^_?[a-z][a-z0-9_]*_([A-Z0-9]+)$", name):
+                used |= set(suffix[1])
+    assert used - set("0123456789") == table
+
+
+def test_what_is_public_is_what_readme_and_recipes_use():
+    import trl_grpo_ext
+
+    public = set(trl_grpo_ext.__all__)
+    imported = set()
+    for path in RECIPES:
+        if path.parent.name != "bench":
+            deeper = [name for name in imports(path) if name.startswith("trl_grpo_ext.")]
+            assert deeper == [], f"{path.name} imports {deeper}"
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module == "trl_grpo_ext":
+                imported |= {alias.name for alias in node.names}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert imported <= public
+    assert {name for name in public if name not in readme and name not in imported} == set()
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_grpo_ext.loss import REDUCTIONS, reduce_tokens
+from trl_grpo_ext.loss import LOSS_REDUCTIONS, reduce_tokens
 
 
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
@@ -43,7 +43,7 @@ def reduced(values, mask, reduction, max_completion_length=9, window_tokens=8.5,
     )
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", LOSS_REDUCTIONS)
 def test_equals_its_formula(reduction):
     for mask in (MASK, np.zeros_like(MASK)):
         actual = reduced(VALUES, mask, reduction, 9, 8.5, 3)
@@ -53,7 +53,7 @@ def test_equals_its_formula(reduction):
 
 def test_covers_the_eight_loss_types_of_trl_and_the_token_mean():
     trl = {"grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"}
-    assert set(REDUCTIONS) == trl | {"token_mean"} and len(REDUCTIONS) == 9
+    assert set(LOSS_REDUCTIONS) == trl | {"token_mean"} and len(LOSS_REDUCTIONS) == 9
 
 
 def test_token_mean_is_the_mean_over_all_loss_tokens():
@@ -81,7 +81,7 @@ def test_no_cut_matters_to_a_sum_over_the_window(reduction, cuts):
     assert sum(parts) == pytest.approx(reduced(VALUES, MASK, reduction).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", LOSS_REDUCTIONS)
 @pytest.mark.parametrize("poison", [1e4, np.nan, np.inf])
 def test_what_is_masked_changes_neither_value_nor_gradient(reduction, poison):
     results = []

@@ -2,23 +2,23 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from ._trl import ADVANTAGE_EPS, GRPOConfig
-from .kl.fused.token_stats import LOGITS_MEMORY
+from .advantages.combine import GAMMA_UNITS
+from .advantages.estimators import ESTIMATORS, find_estimator
+from .kl.fused.token_stats import LOGITS_MEMORY_BYTES
 from .rewards.transforms import parse_transform
 
 
-_CHOICES = (
-    "supervision",
-    "process_advantage",
-    "position_baseline",
-    "gamma_unit",
-    "kl_estimator",
-    "kl_reduction",
-)
+SUPERVISIONS = ("outcome", "process")
+KL_ESTIMATORS = ("k3", "k1", "k2", "exact")
+KL_REDUCTIONS = ("loss_type", "token_mean")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
+DIVERGENCES = ("reverse", "forward")
+POSITION_BASELINES = tuple(ESTIMATORS["position"].options["position_baseline"])
 _GAMMA = 0.99
 
 
@@ -33,11 +33,12 @@ class GRPOExtConfig(GRPOConfig):
         supervision (`str`, *optional*, defaults to `"outcome"`):
             `"outcome"`: one advantage per completion, TRL's own. `"process"`: an advantage per token, from token and
             step rewards.
-        process_advantage (`str`, *optional*, defaults to `"position"`):
-            How process rewards become advantages: `"position"` (returns, normalised across the group at each token
-            index), `"pooled"` (step rewards normalised over the whole group, then returns; DeepSeekMath, arXiv
-            2402.03300 section 4.1.3), `"step"` (the k-th steps of the group normalised together, then returns) or
-            `"min"` (soft-minimum over the steps, leave-one-out baseline; PURE, arXiv 2504.15275).
+        advantage_estimator (`str`, *optional*, defaults to `"position"`):
+            How process rewards become advantages, a row of [`~trl_grpo_ext.ESTIMATORS`]: `"position"` (returns,
+            normalised across the group at each token index), `"pooled"` (step rewards normalised over the whole
+            group, then returns; DeepSeekMath, arXiv 2402.03300 section 4.1.3), `"step"` (the k-th steps of the group
+            normalised together, then returns) or `"min"` (soft minimum over the steps, leave-one-out baseline; PURE,
+            arXiv 2504.15275).
         position_baseline (`str`, *optional*, defaults to `"all"`):
             With `"position"`, at indices where some completions of the group have ended: `"all"` counts these as
             return 0, `"active"` leaves them out.
@@ -58,12 +59,16 @@ class GRPOExtConfig(GRPOConfig):
         kl_estimator (`str`, *optional*, defaults to `"k3"`):
             KL of the policy to the reference in the loss, in nats: `"k3"` (TRL's), `"k1"`, `"k2"`, each from the one
             sampled token, or `"exact"`, the sum over the whole vocabulary. Anything but `"k3"` needs `beta` > 0.
+        kl_direction (`str`, *optional*, defaults to `"reverse"`):
+            With the exact KL, a row of [`~trl_grpo_ext.DIVERGENCES`]: `"reverse"`, `KL(policy || reference)`, or
+            `"forward"`, `KL(reference || policy)`, which is infinite where the policy excludes a token that the
+            reference allows.
         kl_reduction (`str`, *optional*, defaults to `"loss_type"`):
             How per-token KLs become the loss term: `"loss_type"` reduces them as `loss_type` reduces the policy term,
             `"token_mean"` takes their mean over all loss tokens of the optimizer step.
-        logits_memory (`int`, *optional*, defaults to `268435456`):
-            With the exact KL: bytes that tiles of logits may take at one moment (256 MiB), for a few hundred tokens of
-            a large vocabulary in float32. Less than that is slower.
+        logits_memory_bytes (`int`, *optional*, defaults to `268435456`):
+            With the exact KL: bytes that logits may take at one moment. The default, 256 MiB, holds the logits of a
+            few hundred tokens of a large vocabulary in float32. Less memory costs time.
         prompt_separator (`str`, *optional*):
             Text whose tokens are appended to every tokenized prompt before generation.
         reward_batch_tokens (`int`, *optional*):
@@ -78,9 +83,10 @@ class GRPOExtConfig(GRPOConfig):
         default="outcome",
         metadata={"help": "One advantage per completion (`outcome`, TRL's own) or per token (`process`)."},
     )
-    process_advantage: Literal["position", "pooled", "step", "min"] = field(
+    # Not a `Literal`: a row that is added to the table is a choice at once
+    advantage_estimator: str = field(
         default="position",
-        metadata={"help": "How process rewards become advantages: `position`, `pooled`, `step` or `min`."},
+        metadata={"help": "How process rewards become advantages.", "choices": ESTIMATORS},
     )
     position_baseline: Literal["all", "active"] = field(
         default="all",
@@ -117,13 +123,20 @@ class GRPOExtConfig(GRPOConfig):
             "help": "KL to the reference in the loss: sampled (`k1`, `k2`, `k3`) or `exact` over the vocabulary."
         },
     )
+    kl_direction: str = field(
+        default="reverse",
+        metadata={
+            "help": "With the exact KL: KL(policy || reference) (`reverse`) or KL(reference || policy) (`forward`).",
+            "choices": DIVERGENCES,
+        },
+    )
     kl_reduction: Literal["loss_type", "token_mean"] = field(
         default="loss_type",
         metadata={"help": "Reduce the KL as `loss_type` reduces the policy term, or to its mean over loss tokens."},
     )
-    logits_memory: int = field(
-        default=LOGITS_MEMORY,
-        metadata={"help": "With the exact KL: bytes that tiles of logits may take at one moment."},
+    logits_memory_bytes: int = field(
+        default=LOGITS_MEMORY_BYTES,
+        metadata={"help": "With the exact KL: bytes that logits may take at one moment."},
     )
     prompt_separator: str | None = field(
         default=None,
@@ -136,22 +149,23 @@ class GRPOExtConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_choices(self)
         self.gamma = _check_gamma(self.gamma)
-        if not (_is_number(self.advantage_eps) and 0 <= self.advantage_eps < math.inf):
-            raise ValueError(f"advantage_eps must be a finite number, 0 or larger; got {self.advantage_eps!r}.")
-        separator = self.prompt_separator
-        for name, budget in (("reward_batch_tokens", self.reward_batch_tokens), ("logits_memory", self.logits_memory)):
-            optional = name == "reward_batch_tokens" and budget is None
-            if not optional and not (isinstance(budget, int) and not isinstance(budget, bool) and budget > 0):
-                raise ValueError(f"{name} must be an integer, 1 or larger; got {budget!r}.")
-        if separator is not None and not (isinstance(separator, str) and separator):
-            raise ValueError(f"prompt_separator must be a text that is not empty, or None; got {separator!r}.")
         self.reward_transforms = _as_list(self.reward_transforms)
+        self.outcome_gate = _as_list(self.outcome_gate)
         for name in self.reward_transforms or []:
             parse_transform(name)
-        self.outcome_gate = _as_list(self.outcome_gate)
-        _check_process(self)
+        _check_choices(self)
+        _check_numbers(self)
+        if self.prompt_separator is not None and not (
+            isinstance(self.prompt_separator, str) and self.prompt_separator
+        ):
+            raise ValueError(
+                f"prompt_separator must be a text that is not empty, or None; got {self.prompt_separator!r}."
+            )
+        if self.supervision == "outcome":
+            _warn_of_unused(self)
+        else:
+            _check_process(self)
         _check_sync(self)
         _check_kl(self)
 
@@ -160,10 +174,19 @@ class GRPOExtConfig(GRPOConfig):
         """Whether the KL term of the loss, if any, is TRL's own."""
         return self.kl_estimator == "k3" and self.kl_reduction == "loss_type"
 
+    @property
+    def estimator_options(self) -> dict[str, Any]:
+        """The fields that advantage estimators may read, by name; see [`~trl_grpo_ext.Estimator`]."""
+        return {"position_baseline": self.position_baseline}
+
     def check_sources(self, names: Sequence[str]) -> None:
         """Raise `ValueError` if a field with an entry per reward source does not fit the sources."""
-        for field_name in ("gamma", "reward_transforms", "outcome_gate"):
-            values = vars(self)[field_name]
+        per_source = {
+            "gamma": self.gamma,
+            "reward_transforms": self.reward_transforms,
+            "outcome_gate": self.outcome_gate,
+        }
+        for field_name, values in per_source.items():
             if isinstance(values, list) and len(values) != len(names):
                 raise ValueError(
                     f"{field_name} has {len(values)} entries for {len(names)} reward sources ({', '.join(names)})."
@@ -172,25 +195,30 @@ class GRPOExtConfig(GRPOConfig):
 
 def _as_list(names: list[str] | None) -> list[str] | None:
     # A YAML string where a list belongs reaches the config as it is
-    return names if names is None else [names] if isinstance(names, str) else list(names)
+    return [names] if isinstance(names, str) else names if names is None else list(names)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _check_choices(config: GRPOExtConfig) -> None:
-    hints = get_type_hints(GRPOExtConfig)
-    for name in _CHOICES:
-        value, choices = vars(config)[name], get_args(hints[name])
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-    levels = ("token", "sequence", "sequence_token")
-    if config.importance_sampling_level not in levels:
-        raise ValueError(
-            f"importance_sampling_level must be one of {', '.join(map(repr, levels))}; "
-            f"got {config.importance_sampling_level!r}."
-        )
+    for name, value, known in (
+        ("supervision", config.supervision, SUPERVISIONS),
+        ("advantage_estimator", config.advantage_estimator, ESTIMATORS),
+        ("position_baseline", config.position_baseline, POSITION_BASELINES),
+        ("gamma_unit", config.gamma_unit, GAMMA_UNITS),
+        ("kl_estimator", config.kl_estimator, KL_ESTIMATORS),
+        ("kl_direction", config.kl_direction, DIVERGENCES),
+        ("kl_reduction", config.kl_reduction, KL_REDUCTIONS),
+        ("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
 
 
 def _check_gamma(gamma: Any) -> float | list[float]:
@@ -204,13 +232,36 @@ def _check_gamma(gamma: Any) -> float | list[float]:
     return float(gammas[0]) if len(gammas) == 1 else [float(value) for value in gammas]
 
 
+def _check_numbers(config: GRPOExtConfig) -> None:
+    eps = config.advantage_eps
+    if not (_is_number(eps) and 0 <= eps < math.inf):
+        raise ValueError(f"advantage_eps must be a finite number, 0 or larger; got {eps!r}.")
+    if not _is_positive_integer(config.logits_memory_bytes):
+        raise ValueError(f"logits_memory_bytes must be an integer, 1 or larger; got {config.logits_memory_bytes!r}.")
+    if config.reward_batch_tokens is not None and not _is_positive_integer(config.reward_batch_tokens):
+        raise ValueError(f"reward_batch_tokens must be an integer, 1 or larger; got {config.reward_batch_tokens!r}.")
+
+
+def _changed(values: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Names of the fields whose value is not their default."""
+    return [name for name, (value, default) in values.items() if value != default]
+
+
+def _warn_of_unused(config: GRPOExtConfig) -> None:
+    """Outcome supervision has TRL's one advantage per completion, which these fields do not shape."""
+    unused = _changed(
+        {
+            "advantage_estimator": (config.advantage_estimator, "position"),
+            "position_baseline": (config.position_baseline, "all"),
+            "gamma": (config.gamma, _GAMMA),
+            "gamma_unit": (config.gamma_unit, "token"),
+        }
+    )
+    if unused:
+        warnings.warn(f"{', '.join(unused)} only act with supervision='process'.", UserWarning, stacklevel=4)
+
+
 def _check_process(config: GRPOExtConfig) -> None:
-    if config.supervision == "outcome":
-        changed = {"process_advantage": "position", "position_baseline": "all", "gamma": _GAMMA, "gamma_unit": "token"}
-        unused = [name for name, default in changed.items() if vars(config)[name] != default]
-        if unused:
-            warnings.warn(f"{', '.join(unused)} only act with supervision='process'.", UserWarning, stacklevel=4)
-        return
     if config.importance_sampling_level == "sequence":
         raise ValueError(
             "importance_sampling_level='sequence' gives every token of a completion the mean advantage, which undoes "
@@ -224,10 +275,10 @@ def _check_process(config: GRPOExtConfig) -> None:
         )
     several = isinstance(config.gamma, list) and len(set(config.gamma)) > 1
     merges = config.multi_objective_aggregation == "sum_then_normalize"
-    if several and merges and config.process_advantage in ("pooled", "step"):
+    if several and merges and find_estimator(config.advantage_estimator).normalizes == "step_rewards":
         raise ValueError(
-            f"process_advantage={config.process_advantage!r} with 'sum_then_normalize' adds the sources' step rewards "
-            f"before they are discounted, so it takes one gamma; got {config.gamma}. Use one gamma, or "
+            f"advantage_estimator={config.advantage_estimator!r} with 'sum_then_normalize' adds the sources' step "
+            f"rewards before they are discounted, so it takes one gamma; got {config.gamma}. Use one gamma, or "
             "multi_objective_aggregation='normalize_then_sum'."
         )
 
@@ -237,11 +288,11 @@ def _check_sync(config: GRPOExtConfig) -> None:
         return
     if config.beta == 0.0:
         raise ValueError("sync_ref_model=True has no reference to move with beta=0. Set beta > 0, or leave it out.")
-    alpha, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+    alpha = config.ref_model_mixup_alpha
     if not (_is_number(alpha) and 0 < alpha <= 1):
         raise ValueError(f"ref_model_mixup_alpha must be a number in (0, 1]; got {alpha!r}.")
-    if not (isinstance(steps, int) and steps > 0):
-        raise ValueError(f"ref_model_sync_steps must be an integer, 1 or larger; got {steps!r}.")
+    if not _is_positive_integer(config.ref_model_sync_steps):
+        raise ValueError(f"ref_model_sync_steps must be an integer, 1 or larger; got {config.ref_model_sync_steps!r}.")
 
 
 def _check_kl(config: GRPOExtConfig) -> None:
@@ -249,6 +300,11 @@ def _check_kl(config: GRPOExtConfig) -> None:
         raise ValueError(
             f"kl_estimator={config.kl_estimator!r} with kl_reduction={config.kl_reduction!r} has no effect with "
             "beta=0, where there is no KL term and no reference. Set beta > 0, or leave both at their defaults."
+        )
+    if config.kl_direction != "reverse" and config.kl_estimator != "exact":
+        raise ValueError(
+            f"kl_direction={config.kl_direction!r} needs kl_estimator='exact': the estimates from the sampled token, "
+            f"{config.kl_estimator!r} among them, are of KL(policy || reference)."
         )
     if config.kl_estimator == "k1" and not config.use_bias_correction_kl:
         raise ValueError(

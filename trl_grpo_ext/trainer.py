@@ -1,29 +1,42 @@
 """The trainer: TRL's, with our advantages in the batch and our KL in the loss."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.utils import logging
 
 from ._swapped import swapped
 from ._trl import ADVANTAGE_EPS, GRPOTrainer, SyncRefModelCallback, get_config_model_id
 from .advantages.combine import process_advantages
 from .checkpoints.trainer import CheckpointedTrainer
 from .config import GRPOExtConfig
-from .distributed import gather, gather_tokens, local_rows, total
+from .distributed import gather, local_rows, total
 from .kl.cached_reference import CachedReference, OnSync
 from .kl.estimates import kl_estimate, weight_by_ratio
 from .kl.model_forward import ModelCall
 from .kl.reference import adapter_reference, move_adapter_reference, prepare_adapter_reference
 from .loss import (
     CLIPPED_LOSSES,
-    ExpectedLoss,
+    ClippedLossGradient,
+    completion_logps,
     importance_ratio,
+    loss_mask,
     reduce_tokens,
     sequence_token_old_logps,
     token_weights,
+    window_tokens,
 )
 from .metrics import (
     completion_means,
@@ -34,10 +47,16 @@ from .metrics import (
     unscored_shares,
     withheld_shares,
 )
-from .reward_models.opening import open_reward_models
+from .reward_models.opening import open_reward_models, prepare_reward_sources
+from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
-from .rewards.sources import RewardSource, read_model_rewards, wrap_source
-from .rewards.types import place_rewards
+from .rewards.sources import RewardSource, parse_model_scores, wrap_source
+
+
+logger = logging.get_logger(__name__)
+
+# Characters of a completion that a warning shows
+_EXCERPT = 200
 
 
 class GRPOExtTrainer(CheckpointedTrainer):
@@ -46,16 +65,19 @@ class GRPOExtTrainer(CheckpointedTrainer):
 
     Takes the same arguments; `args` is a [`GRPOExtConfig`]. With its new fields at their defaults, training is TRL's.
     A reward function may return, for each completion, a float, a list of floats as long as `completion_ids`,
-    [`StepRewards`], or `None`.
+    [`StepRewards`], or `None`. With [`~trl_grpo_ext.step_reward`] a function judges the texts of a completion's steps.
+
+    A subclass may override three methods: [`~GRPOExtTrainer.compute_advantages`], [`~GRPOExtTrainer.per_token_kl`] and
+    [`~GRPOExtTrainer.reward_metrics`]. Each has an example in its docstring.
 
     Example:
 
     ```python
-    >>> from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, StepRewards
+    >>> from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, step_reward
 
-    >>> def judge_steps(completion_ids, **kwargs):  # one step per newline token, all of them right
-    ...     ends = [[t for t, token in enumerate(ids) if token == 198] for ids in completion_ids]
-    ...     return [StepRewards(ends=e, values=[1.0] * len(e)) for e in ends]
+    >>> @step_reward(by="blank_line")
+    ... def judge_steps(problem, steps, **columns):
+    ...     return [float("=" in step) for step in steps]
 
     >>> trainer = GRPOExtTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
@@ -76,11 +98,22 @@ class GRPOExtTrainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: GRPOExtConfig | None = None,
-        *positional: Any,
-        **keywords: Any,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: (
+            Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+        ) = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -89,34 +122,47 @@ class GRPOExtTrainer(CheckpointedTrainer):
             raise TypeError(
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
-        if reward_funcs is not None:
-            init_kwargs = cast(dict[str, Any], args.model_init_kwargs or {})
-            loading = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
-            sources = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = open_reward_models(sources, loading)
-        # TRL refuses to move a reference under PEFT
+        # TRL refuses to move a reference under PEFT, and its callback for a separate one is ours to add
         with swapped(args, sync_ref_model=False):
-            super().__init__(model, reward_funcs, args, *positional, **keywords)
+            super().__init__(
+                model=model,
+                reward_funcs=_open_sources(reward_funcs, args),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
         self._gates = gate_indices(args.outcome_gate or [NO_GATE] * len(self.reward_funcs), self.reward_func_names)
-        # A list of our own: the user's keeps the user's functions
-        self.reward_funcs = [
-            wrap_source(*source, args.reward_batch_tokens, self.accelerator, self._tokenizer)
-            for source in zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
-        ]
+        self.reward_funcs = prepare_reward_sources(
+            self.reward_funcs,
+            accelerator=self.accelerator,
+            policy_tokenizer=self._tokenizer,
+            batch_tokens=args.reward_batch_tokens,
+        )
+        # A `reduce` that does not exist is known now
+        self._wrap_sources()
         self._sequence_token = args.importance_sampling_level == "sequence_token"
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
         self._reference = self._prepare_reference()
-        # Of the batch that is being scored
-        self._rewards_per_func = self._withheld = torch.empty(0)
-        self._gives_steps: list[bool] = []
+        # Of the batch that is being scored: the wrapped sources, and one number per completion and source
+        self._scored_sources: tuple[list[Any], torch.Tensor] | None = None
+        self._sources_without_steps: set[str] = set()
 
     def _prepare_reference(self) -> CachedReference | None:
-        """See to it that the reference is right, and moves if it is to; the exact KL caches its states."""
+        """Make sure that the reference is right, and moves if it is to; the exact KL caches its hidden states."""
         moves = self.args.sync_ref_model
         if moves and self.is_fsdp_enabled and cast(Any, self.accelerator.state.fsdp_plugin).fsdp_version == 1:
             raise ValueError("sync_ref_model does not know the flat parameters of FSDP1. Use fsdp_version: 2.")
@@ -125,7 +171,10 @@ class GRPOExtTrainer(CheckpointedTrainer):
         cached = None
         if self.args.kl_estimator == "exact":
             cached = CachedReference(
-                cast(nn.Module, self.model), self.ref_model, self.accelerator, logits_memory=self.args.logits_memory
+                cast(nn.Module, self.model),
+                self.ref_model,
+                self.accelerator,
+                logits_memory=self.args.logits_memory_bytes,
             )
         if moves and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(cast(nn.Module, self.ref_model), self.accelerator))
@@ -134,7 +183,7 @@ class GRPOExtTrainer(CheckpointedTrainer):
         return cached
 
     def _on_sync(self) -> None:
-        """Move the reference, unless TRL's callback has; states that are kept of the one before are worth nothing."""
+        """Move the reference, unless TRL's callback has done so, and drop the hidden states of the old one."""
         if self.ref_model is None:
             move_adapter_reference(self._unwrapped(self.model), self.args.ref_model_mixup_alpha)
         for batch in self._buffered_inputs or []:
@@ -148,6 +197,9 @@ class GRPOExtTrainer(CheckpointedTrainer):
         if self.beta != 0.0 and isinstance(model, PeftModel):
             return adapter_reference(model)
         return dict(self._unwrapped(self.ref_model).named_parameters()) if self.args.sync_ref_model else {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Prompts
 
     def _tokenize_separator(self) -> list[int]:
         separator = self.args.prompt_separator
@@ -168,29 +220,139 @@ class GRPOExtTrainer(CheckpointedTrainer):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         return [[*ids, *self._separator_ids] for ids in prompt_ids], images, multimodal_fields
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Rewards
+
+    def _wrap_sources(self) -> list[Any]:
+        """The user's functions as TRL is to call them in the next batch; models as they are."""
+        sources = zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
+        return [
+            source if isinstance(source, nn.Module) else wrap_source(source, name, transform)
+            for source, name, transform in sources
+        ]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        for k, (source, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
+        sources = self._wrap_sources()
+        # `reward_funcs` holds the user's own functions at any other time
+        with swapped(self, reward_funcs=sources):
+            scores_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for k, source in enumerate(sources):
             if isinstance(source, nn.Module):
-                rewards_per_func[:, k] = read_model_rewards(rewards_per_func[:, k], name, self._transforms[k])
-        self._rewards_per_func = rewards_per_func
-        self._withheld = withheld_rewards(rewards_per_func, self._gates)
-        self._log_withheld_and_unscored()
-        return rewards_per_func.masked_fill(self._withheld, torch.nan)
+                scores_NK[:, k] = parse_model_scores(scores_NK[:, k], self.reward_func_names[k], self._transforms[k])
+            else:
+                self._warn_without_steps(source, completions)
+        self._scored_sources = (sources, scores_NK)
+        return scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
 
-    def _log_withheld_and_unscored(self) -> None:
+    def _warn_without_steps(self, source: RewardSource, completions: list[Any]) -> None:
+        """Say once, by name, that a source of step rewards found no step in a whole batch: it rewards nothing."""
+        _, steps = source.count_steps()
+        if source.returned_steps and steps == 0 and source.name not in self._sources_without_steps:
+            self._sources_without_steps.add(source.name)
+            logger.warning(
+                f"reward source '{source.name}' found no step in any of {len(completions)} completions, so that it "
+                f"rewards nothing. The first completion is {str(completions[0])[:_EXCERPT]!r}. Do the steps end "
+                "otherwise? See `Segmentation`. This is said once."
+            )
+
+    def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
+        """What all processes' completions earn, from the rewards that TRL has just collected."""
+        assert self._scored_sources is not None
+        sources, scores_NK = self._scored_sources
+        if self.args.supervision == "process":
+            rewards_KNT, mask_NT = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
+        else:
+            rewards_KNT, mask_NT = gather_outcomes(scores_NK)
+        steps_K, unscored_K = count_steps(self.accelerator, sources)
+        return ScoredBatch(
+            names=self.reward_func_names,
+            rewards_KNT=rewards_KNT,
+            withheld_NK=withheld_rewards(scores_NK, self._gates),
+            mask_NT=mask_NT,
+            steps_K=steps_K,
+            unscored_K=unscored_K,
+            group_size=cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval),
+        )
+
+    def reward_metrics(self, batch: ScoredBatch) -> dict[str, float]:
+        """
+        Metrics of a scored batch, logged beside TRL's under the same names on every process.
+
+        A subclass may override it:
+
+        ```python
+        >>> class LongestTrainer(GRPOExtTrainer):
+        ...     def reward_metrics(self, batch):
+        ...         longest = batch.mask_NT.sum(1).max().item()
+        ...         return {**super().reward_metrics(batch), "completions/longest": longest}
+        ```
+
+        Args:
+            batch ([`~trl_grpo_ext.ScoredBatch`]):
+                The completions of all processes and their rewards, the same on every process.
+
+        Returns:
+            `dict[str, float]`: a metric that is NaN is left out of the log.
+        """
+        metrics = unscored_shares(batch.names, batch.unscored_K, batch.steps_K)
+        metrics |= unjudged_shares(batch.names, batch.unjudged_NK)
         if self.args.outcome_gate:
-            self._record(withheld_shares(self.reward_func_names, self._rewards_per_func, self._withheld))
-        counts = [s.count_steps() if isinstance(s, RewardSource) else (0, 0) for s in self.reward_funcs]
-        summed = total(self.accelerator, torch.tensor(counts, dtype=torch.float, device=self.accelerator.device))
-        self._record(unscored_shares(self.reward_func_names, summed))
-        self._gives_steps = [steps > 0 for _, steps in summed]
+            metrics |= withheld_shares(batch.names, batch.unjudged_NK, batch.withheld_NK)
+        if self.args.supervision == "process":
+            has_steps_K = [steps > 0 for steps in batch.steps_K]
+            # Of an outcome source TRL logs mean and std, and the number of its steps is always 1
+            metrics |= step_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
+            metrics |= outcome_correlations(batch.names, batch.rewards_KNT, has_steps_K, batch.group_size)
+        return metrics
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
-            model = self._reference.recorded(model, logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+    # -----------------------------------------------------------------------------------------------------------------
+    # Advantages
+
+    def compute_advantages(self, batch: ScoredBatch) -> torch.Tensor:
+        """
+        Advantages of all processes' completions, computed alike on every process.
+
+        A subclass may override it:
+
+        ```python
+        >>> class ClippedAdvantages(GRPOExtTrainer):
+        ...     def compute_advantages(self, batch):
+        ...         return super().compute_advantages(batch).clamp(-5.0, 5.0)
+        ```
+
+        Args:
+            batch ([`~trl_grpo_ext.ScoredBatch`]):
+                The completions of all processes and their rewards. `batch.counted_KNT` holds the rewards that count.
+
+        Returns:
+            `torch.Tensor` of shape `(N, T)`: advantages, 0 outside the loss mask; T is 1 under outcome supervision,
+            where a completion has one advantage.
+        """
+        rewards_KNT = batch.counted_KNT
+        is_process = self.args.supervision == "process"
+        return process_advantages(
+            # Apple's GPUs have no float64
+            rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
+            batch.mask_NT,
+            self.reward_weights.to(rewards_KNT.device),
+            batch.group_size,
+            # A completion of one token gets TRL's scalar advantage
+            estimator=self.args.advantage_estimator if is_process else "position",
+            gamma=cast(float | list[float], self.args.gamma) if is_process else 1.0,
+            gamma_unit=self.args.gamma_unit,
+            options=self.args.estimator_options,
+            aggregation=self.multi_objective_aggregation,
+            scale=self.scale_rewards,
+            eps=self.args.advantage_eps,
+        )
+
+    @property
+    def _keeps_trl_advantages(self) -> bool:
+        """Whether the advantages that TRL has computed are those that are asked for."""
+        return (
+            self.args.supervision == "outcome"
+            and self.args.advantage_eps == ADVANTAGE_EPS
+            and type(self).compute_advantages is GRPOExtTrainer.compute_advantages
         )
 
     def _generate_and_score_completions(self, inputs):
@@ -199,70 +361,17 @@ class GRPOExtTrainer(CheckpointedTrainer):
             output["ref_hidden_states"] = self._reference.take()
             # The reference ran without its head, so these are NaN
             del output["ref_per_token_logps"]
-        mask_BT = _loss_mask(output)
-        if self.args.supervision == "process":
-            output["advantages"] = self._process_advantages(mask_BT)
-        else:
-            self._record(unjudged_shares(self.reward_func_names, self._rewards_per_func.isnan()))
-            if self.args.advantage_eps != ADVANTAGE_EPS:
-                output["advantages"] = self._outcome_advantages()
+        mask_BT = loss_mask(output)
+        batch = self._scored_batch(mask_BT)
+        self._scored_sources = None
+        # A metric without a value would be None in the log, of which trackers complain
+        self._record({name: value for name, value in self.reward_metrics(batch).items() if not math.isnan(value)})
+        if not self._keeps_trl_advantages:
+            # Other processes may have longer completions
+            advantages_BT = local_rows(self.accelerator, self.compute_advantages(batch))[:, : mask_BT.size(1)].float()
+            output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
         self._log_advantages(output["advantages"], mask_BT)
         return output
-
-    @property
-    def _mode(self) -> str:
-        """Where TRL's metrics of this moment go."""
-        assert self.model is not None
-        return "train" if self.model.training else "eval"
-
-    @property
-    def _group_size(self) -> int:
-        return cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval)
-
-    def _group_advantages(self, rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, **options: Any) -> torch.Tensor:
-        """This process's rows of the advantages of all processes' completions."""
-        advantages_NT = process_advantages(
-            # Apple's GPUs have no float64
-            rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
-            mask_NT,
-            self.reward_weights.to(rewards_KNT.device),
-            self._group_size,
-            aggregation=self.multi_objective_aggregation,
-            scale=self.scale_rewards,
-            eps=self.args.advantage_eps,
-            **options,
-        )
-        return local_rows(self.accelerator, advantages_NT).float()
-
-    def _outcome_advantages(self) -> torch.Tensor:
-        """TRL's scalar advantages with another epsilon: completions of one token."""
-        rewards_KN1 = self._rewards_per_func.masked_fill(self._withheld, torch.nan).T.unsqueeze(-1)
-        mask_N1 = torch.ones_like(rewards_KN1[0], dtype=torch.bool)
-        return self._group_advantages(rewards_KN1, mask_N1, estimator="position", gamma=1.0).squeeze(-1)
-
-    def _process_advantages(self, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Advantages `(B, T)` of this process, normalised over the groups of all processes."""
-        scores_KB = local_rows(self.accelerator, self._rewards_per_func).T.tolist()
-        rewards_BKT = torch.stack(
-            [
-                place_rewards(source.rewards if isinstance(source, RewardSource) else scores, mask_BT)
-                for source, scores in zip(self.reward_funcs, scores_KB, strict=True)
-            ],
-            dim=1,
-        )
-        mask_NT = gather_tokens(self.accelerator, mask_BT.long(), 0).bool()
-        rewards_KNT = gather_tokens(self.accelerator, rewards_BKT, torch.nan).transpose(0, 1).where(mask_NT, torch.nan)
-        self._record(step_metrics(self.reward_func_names, rewards_KNT, mask_NT))
-        self._record(outcome_correlations(self.reward_func_names, rewards_KNT, self._gives_steps, self._group_size))
-        self._record(unjudged_shares(self.reward_func_names, rewards_KNT.isnan().all(-1).T))
-        return self._group_advantages(
-            rewards_KNT.masked_fill(self._withheld.T.unsqueeze(-1), torch.nan),
-            mask_NT,
-            estimator=self.args.process_advantage,
-            gamma=cast(float | list[float], self.args.gamma),
-            gamma_unit=self.args.gamma_unit,
-            options={"position_baseline": self.args.position_baseline},
-        )[:, : mask_BT.size(1)]
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
         """Log the advantages that are trained on; in the completions table, each completion's mean."""
@@ -272,11 +381,68 @@ class GRPOExtTrainer(CheckpointedTrainer):
             logged.pop()
         logged.extend(means)
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
-        self._record([("advantages/positive_share", positive / max(counted, 1.0))])
+        self._record({"advantages/positive_share": positive / max(counted, 1.0)})
 
-    def _record(self, metrics: Iterable[tuple[str, float]]) -> None:
-        for name, value in metrics:
+    @property
+    def _mode(self) -> str:
+        """Where TRL's metrics of this moment go."""
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the share of tokens that took the exact KL's second pass since the last log."""
+        super().log(logs, start_time)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # KL and loss
+
+    def per_token_kl(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        KL of the policy to the reference at each completion token, as the loss reduces it.
+
+        A subclass may override it, for `kl_estimator="k3"` too:
+
+        ```python
+        >>> class BoundedKL(GRPOExtTrainer):
+        ...     def per_token_kl(self, output, inputs):
+        ...         return super().per_token_kl(output, inputs).clamp(max=10.0)
+        ```
+
+        Args:
+            output (`FusedCausalLMOutput`):
+                Of the policy's forward pass, with `log_probs`; with the exact KL also `kl` and `ref_log_probs`.
+            inputs (`dict[str, Any]`):
+                The micro-batch as it was scored.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, nats, differentiable. Values outside the loss mask are ignored.
+        """
+        estimator = self.args.kl_estimator
+        if estimator == "exact":
+            return output.kl
+        logp_BT = completion_logps(output, inputs)
+        kl_BT = kl_estimate(logp_BT, inputs["ref_per_token_logps"], estimator)
+        if not self.args.use_bias_correction_kl:
+            return kl_BT
+        old_logp_BT = inputs.get("old_per_token_logps", logp_BT.detach())
+        ratio = importance_ratio(logp_BT, old_logp_BT, loss_mask(inputs), self.importance_sampling_level)
+        return weight_by_ratio(kl_BT, ratio, estimator)
+
+    @property
+    def _keeps_trl_kl(self) -> bool:
+        """Whether the KL term of the loss, if any, is TRL's own."""
+        return self.args.uses_trl_kl and type(self).per_token_kl is GRPOExtTrainer.per_token_kl
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
+            model = self._reference.recorded(model, logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
 
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
@@ -289,13 +455,13 @@ class GRPOExtTrainer(CheckpointedTrainer):
 
         extra = {}
         if self._reference is not None:
-            extra["expected_loss"] = self._expected_loss(inputs)
+            extra["expected_loss"] = self._predicted_gradient(inputs)
             if "ref_hidden_states" in inputs:
                 extra["ref_hidden_states"] = inputs.pop("ref_hidden_states")
             else:
                 model = self._reference.rerunning(model, inputs["completion_ids"].size(1))
         # With `beta` at 0, TRL's loss has neither its KL term nor its KL metric
-        with swapped(self, beta=self.beta if self.args.uses_trl_kl else 0.0):
+        with swapped(self, beta=self.beta if self._keeps_trl_kl else 0.0):
             loss = super()._compute_loss(ModelCall(model, on_output, **extra), inputs)
         return self._add_kl(loss, outputs[0], inputs)
 
@@ -303,55 +469,51 @@ class GRPOExtTrainer(CheckpointedTrainer):
         # Without old log-probs every ratio is 1
         if "old_per_token_logps" in inputs:
             inputs["old_per_token_logps"] = sequence_token_old_logps(
-                _completion_logps(output, inputs), inputs["old_per_token_logps"], _loss_mask(inputs)
+                completion_logps(output, inputs), inputs["old_per_token_logps"], loss_mask(inputs)
             )
 
     def _add_kl(self, loss: torch.Tensor, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Add our KL term to TRL's loss, unless that holds its own, and log both parts."""
         steps = self._accumulation_steps
+        mask_BT = loss_mask(inputs)
         policy_loss = loss.detach()
         if self.aux_loss_enabled:
             policy_loss = policy_loss - self.router_aux_loss_coef * output.aux_loss.detach() / steps
         if self.beta == 0.0:
-            self._log_loss(policy_loss * steps, None, {}, _loss_mask(inputs))
+            self._log_loss(policy_loss * steps, None, {}, mask_BT)
             return loss
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.args.uses_trl_kl):
-            kls = self._kls(output, inputs)
-            options = self._reduction_options(inputs)
-            kl_loss = self.beta * reduce_tokens(kls["kl"], _loss_mask(inputs), self._kl_reduction, **options)
-        if self.args.uses_trl_kl:
-            policy_loss, kls = policy_loss - kl_loss, {}
-        else:
-            loss = loss + kl_loss
-        self._log_loss(policy_loss * steps, kl_loss.detach() * steps, kls, _loss_mask(inputs))
-        return loss
+        # TRL's own term is computed once more for the log only
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._keeps_trl_kl):
+            kl_BT = self.per_token_kl(output, inputs)
+            kl_loss = self.beta * reduce_tokens(kl_BT, mask_BT, self._kl_reduction, **self._reduction_options(inputs))
+        if self._keeps_trl_kl:
+            self._log_loss((policy_loss - kl_loss) * steps, kl_loss * steps, {}, mask_BT)
+            return loss
+        kls = {"kl": kl_BT, **self._sampled_estimates(output, inputs)}
+        self._log_loss(policy_loss * steps, kl_loss.detach() * steps, kls, mask_BT)
+        return loss + kl_loss
 
-    def _kls(self, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Per-token KL `(B, T)` as it enters the loss, and beside an exact one the estimates from the same tokens."""
-        estimator, logp_BT = self.args.kl_estimator, _completion_logps(output, inputs)
-        if estimator == "exact":
-            estimates = {f"kl/{k}": kl_estimate(logp_BT.detach(), output.ref_log_probs, k) for k in ("k1", "k3")}
-            return {"kl": output.kl, **estimates}
-        kl_BT = kl_estimate(logp_BT, inputs["ref_per_token_logps"], estimator)
-        if self.args.use_bias_correction_kl:
-            old_logp_BT = inputs.get("old_per_token_logps", logp_BT.detach())
-            ratio = importance_ratio(logp_BT, old_logp_BT, _loss_mask(inputs), self.importance_sampling_level)
-            kl_BT = weight_by_ratio(kl_BT, ratio, estimator)
-        return {"kl": kl_BT}
+    def _sampled_estimates(self, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Beside an exact KL, for the log: the estimates from the same tokens."""
+        if self.args.kl_estimator != "exact":
+            return {}
+        logp_BT = completion_logps(output, inputs).detach()
+        return {f"kl/{name}": kl_estimate(logp_BT, output.ref_log_probs, name) for name in ("k1", "k3")}
 
-    def _expected_loss(self, inputs: dict[str, Any]) -> ExpectedLoss | None:
-        """What the exact KL's head may expect of TRL's loss; `None` where its gradient is not a token's own."""
+    def _predicted_gradient(self, inputs: dict[str, Any]) -> ClippedLossGradient | None:
+        """The gradient of the loss that is known before the loss; `None` where it depends on more than one token."""
         old_logp_BT = inputs.get("old_per_token_logps")
         clips = self.loss_type in CLIPPED_LOSSES and self.args.importance_sampling_level == "token"
+        # At a ratio of 1 the gradient of all loss types is the same
         if old_logp_BT is not None and not clips:
             return None
-        mask_BT, options = _loss_mask(inputs), self._reduction_options(inputs)
+        mask_BT = loss_mask(inputs)
+        options = self._reduction_options(inputs)
         advantages = inputs["advantages"] if inputs["advantages"].ndim == 2 else inputs["advantages"].unsqueeze(1)
         policy_weights_BT = token_weights(mask_BT, self.loss_type, **options)
-        kl_weights_BT = self.beta * token_weights(mask_BT, self._kl_reduction, **options)
-        return ExpectedLoss(
+        return ClippedLossGradient(
             policy_weights_BT * advantages * inputs.get("importance_sampling_ratio", 1.0),
-            kl_weights_BT,
+            self.beta * token_weights(mask_BT, self._kl_reduction, **options),
             old_logp_BT,
             self.epsilon_low,
             self.epsilon_high,
@@ -367,12 +529,14 @@ class GRPOExtTrainer(CheckpointedTrainer):
 
     def _reduction_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
         steps = self._accumulation_steps
-        window_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self._mode == "train":
-            window_tokens = window_tokens * steps / self.args.steps_per_generation
         return {
             "max_completion_length": cast(int, self.max_completion_length),
-            "window_tokens": window_tokens,
+            "window_tokens": window_tokens(
+                inputs["num_items_in_batch"],
+                self.accelerator.num_processes,
+                steps,
+                cast(int, self.args.steps_per_generation) if self._mode == "train" else 1,
+            ),
             "accumulation_steps": steps,
         }
 
@@ -389,17 +553,16 @@ class GRPOExtTrainer(CheckpointedTrainer):
             # With an entropy bonus TRL logs its own
             parts["policy_loss"] = policy_loss
         sums = [kl_BT.detach().masked_fill(mask_BT == 0, 0.0).sum() for kl_BT in kls.values()]
-        summed = total(self.accelerator, torch.stack([*parts.values(), *sums, mask_BT.sum()]))
-        counts = [self.accelerator.num_processes] * len(parts) + [max(summed[-1], 1.0)] * len(sums)
-        means = [value / count for value, count in zip(summed, counts, strict=False)]
-        self._record(zip([*parts, *kls], means, strict=True))
+        *totals, tokens = total(self.accelerator, torch.stack([*parts.values(), *sums, mask_BT.sum()]))
+        for name, value in zip([*parts, *kls], totals, strict=True):
+            count = self.accelerator.num_processes if name in parts else max(tokens, 1.0)
+            self._record({name: value / count})
 
 
-def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
-    """Tokens that are trained on: neither padding, nor masked truncated completions, nor tool output."""
-    mask_BT = inputs["completion_mask"]
-    return mask_BT * inputs["tool_mask"] if "tool_mask" in inputs else mask_BT
-
-
-def _completion_logps(output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    return output.log_probs[:, -inputs["completion_ids"].size(1) :]
+def _open_sources(reward_funcs: Any, args: GRPOExtConfig) -> list[Any] | None:
+    """The sources as a list of our own, in which known reward models stand in place of their ids."""
+    if reward_funcs is None:
+        return None
+    init_kwargs = cast(dict[str, Any], args.model_init_kwargs or {})
+    sources = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    return open_reward_models(sources, {"trust_remote_code": args.trust_remote_code, **init_kwargs})

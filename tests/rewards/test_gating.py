@@ -70,7 +70,7 @@ def test_a_gate_is_as_if_the_source_did_not_judge_where_the_outcome_is_not_posit
 def test_withheld_is_a_share_of_the_completions_that_a_source_judges():
     rewards_NK = torch.tensor([[0.5, 1.0], [nan, -1.0], [0.2, -1.0], [0.3, 1.0], [nan, 1.0]])
     withheld_NK = torch.tensor([[False, False], [True, False], [True, False], [False, False], [False, False]])
-    shares = dict(withheld_shares(["steps", "right"], rewards_NK, withheld_NK))
+    shares = withheld_shares(["steps", "right"], rewards_NK.isnan(), withheld_NK)
     assert shares == {"rewards/steps/withheld": pytest.approx(1 / 3), "rewards/right/withheld": 0.0}
 
 
@@ -115,7 +115,7 @@ def test_unscored_steps_are_counted_and_carry_no_reward(tiny_model, tmp_path):
 def test_tokens_per_step_are_loss_tokens_up_to_the_last_reward():
     rewards_KNT = torch.tensor([[[nan, 1.0, nan, nan, 1.0, nan], [nan, nan, 0.5, nan, nan, nan], [nan] * 6]])
     mask_NT = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1] * 6])
-    metrics = dict(step_metrics(["prm"], rewards_KNT, mask_NT))
+    metrics = step_metrics(["prm"], rewards_KNT, mask_NT, [True])
     # Four loss tokens for two rewards, two for one, and a completion without any
     assert metrics["rewards/prm/tokens_per_step"] == pytest.approx((4 / 2 + 2 / 1) / 2)
 
@@ -142,7 +142,7 @@ def test_the_correlation_of_process_and_outcome_is_within_groups(seed):
     rewards_KNT = torch.full((2, 12, 5), nan, dtype=torch.float64)
     rewards_KNT[0, :, [0, 2, 4]] = torch.tensor(steps)
     rewards_KNT[1, :, 4] = torch.tensor(outcome)
-    ((name, value),) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 4)
+    ((name, value),) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 4).items()
     assert name == "rewards/prm/corr/right"
     process = np.array([np.nanmean(row) if not np.isnan(row).all() else nan for row in steps])
     assert value == pytest.approx(correlation(process, outcome, 4))
@@ -175,12 +175,13 @@ def test_a_correlation_needs_spread_within_a_group():
     rewards_KNT = torch.full((2, 6, 2), nan)
     rewards_KNT[0] = 0.1
     rewards_KNT[1, :, 1] = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
-    ((_, value),) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3)
+    (value,) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3).values()
     assert math.isnan(value)
     # Means of equal numbers, whose rounding is no spread either
     rewards_KNT[0] = torch.tensor([0.1, 0.3])
-    assert math.isnan(outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3)[0][1])
-    assert outcome_correlations(["right"], rewards_KNT[1:], [False], 3) == []
+    (value,) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3).values()
+    assert math.isnan(value)
+    assert outcome_correlations(["right"], rewards_KNT[1:], [False], 3) == {}
 
 
 def test_a_process_source_stays_one_where_every_completion_is_one_step(tiny_model, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.tokenizers import FAST, PIECES, REPLACEMENT, characters, completions, load_tokenizer
 from trl_grpo_ext import StepRewards
-from trl_grpo_ext.rewards.types import read_reward
+from trl_grpo_ext.rewards.types import parse_reward
 from trl_grpo_ext.steps.alignment import AlignedText, align_tokens
 from trl_grpo_ext.steps.segmentation import Segmentation, segment, split_text
 
@@ -161,7 +161,7 @@ def test_each_step_ends_in_the_token_with_its_last_character(name, data):
     aligned = align_tokens(load_tokenizer(name), ids)
     steps = segment(aligned, Segmentation(by))
     if steps:
-        read = read_reward(StepRewards([step.end for step in steps], [1.0] * len(steps)), len(ids), "steps")
+        read = parse_reward(StepRewards([step.end for step in steps], [1.0] * len(steps)), len(ids), "steps")
         assert [step.end for step in steps] == read.ends
     held = characters(name, ids)
     last = [held[end - 1] for _, end in split_text(aligned.text, by)]

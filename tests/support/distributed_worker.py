@@ -51,20 +51,20 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 
 # Ways to make a loss of rewards, which sharding does not see
 LOSSES = {
-    "position": Case({"process_advantage": "position", "loss_type": "dapo"}),
-    "pooled": Case({"process_advantage": "pooled", "loss_type": "grpo", "kl_reduction": "token_mean"}),
-    "step": Case({"process_advantage": "step", "loss_type": "dr_grpo", "gamma_unit": "step"}),
-    "min": Case({"process_advantage": "min", "loss_type": "dapo", "kl_reduction": "token_mean", "gamma": [0.9, 1.0]}),
+    "position": Case({"advantage_estimator": "position", "loss_type": "dapo"}),
+    "pooled": Case({"advantage_estimator": "pooled", "loss_type": "grpo", "kl_reduction": "token_mean"}),
+    "step": Case({"advantage_estimator": "step", "loss_type": "dr_grpo", "gamma_unit": "step"}),
+    "min": Case({"advantage_estimator": "min", "loss_type": "dapo", "kl_reduction": "token_mean", "gamma": [0.9, 1.0]}),
     "normalize_then_sum": Case(
         {
-            "process_advantage": "position",
+            "advantage_estimator": "position",
             "position_baseline": "active",
             "multi_objective_aggregation": "normalize_then_sum",
             "kl_estimator": "k2",
             "loss_type": "dr_grpo",
         }
     ),
-    "batch_scale": Case({"process_advantage": "pooled", "scale_rewards": "batch", "kl_estimator": "k3"}),
+    "batch_scale": Case({"advantage_estimator": "pooled", "scale_rewards": "batch", "kl_estimator": "k3"}),
     "outcome": Case({"supervision": "outcome", "advantage_eps": 1e-8}),
 }
 # Ways to hold and use the weights, which are all that it sees

@@ -242,7 +242,7 @@ def test_every_form_of_reward_is_trained_on_as_the_oracle_says(
         sources,
         tmp_path,
         options=masked_rows(),
-        process_advantage=estimator,
+        advantage_estimator=estimator,
         gamma=gamma,
         gamma_unit=unit,
         position_baseline=baseline,
@@ -346,7 +346,7 @@ def test_a_batch_that_nobody_judges_moves_nothing(tiny_model, tmp_path):
     assert (trainer.batches[0]["advantages"] == 0).all()
     assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
     assert logged(trainer, "rewards/one/unjudged") == logged(trainer, "rewards/two/unjudged") == [1.0]
-    assert logged(trainer, "rewards/one/steps") == [None] and logged(trainer, "advantages/positive_share") == [0.0]
+    assert logged(trainer, "rewards/one/steps") == [] and logged(trainer, "advantages/positive_share") == [0.0]
 
 
 BASELINE = {**PROCESS, "beta": 0.1, "loss_type": "grpo", "use_bias_correction_kl": False}
@@ -370,9 +370,9 @@ def observed_baseline(tiny_model, tmp_path_factory):
 
 ADVANTAGE_CHANGES = [
     {"supervision": "outcome"},
-    {"process_advantage": "pooled"},
-    {"process_advantage": "step"},
-    {"process_advantage": "min"},
+    {"advantage_estimator": "pooled"},
+    {"advantage_estimator": "step"},
+    {"advantage_estimator": "min"},
     {"position_baseline": "active"},
     {"gamma": [0.99, 0.5]},
     {"gamma_unit": "step"},

@@ -157,7 +157,7 @@ def test_constant_token_advantages_reduce_to_trl(tiny_model, tmp_path, loss_type
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
     }
-    process = {"supervision": "process", "process_advantage": "pooled", "gamma": 1.0}
+    process = {"supervision": "process", "advantage_estimator": "pooled", "gamma": 1.0}
     results = []
     for trainer_class, extra in ((GRPOTrainer, {}), (GRPOExtTrainer, process)):
         trainer = make_trainer(

@@ -102,7 +102,7 @@ def test_reduces_to_the_seed_documents_loop(tiny_model, tmp_path, lengths):
         tmp_path,
         trainer_options={"rollout_func": rows, "callbacks": [recorder]},
         supervision="process",
-        process_advantage="position",
+        advantage_estimator="position",
         gamma=GAMMA,
         advantage_eps=1e-8,
         reward_weights=WEIGHTS,

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from accelerate import DistributedType, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from ..rewards.types import PreparedSource
 from .base import RewardModel
+from .batching import TokenBatchedModel
 from .loading import Source, adapter_keys, find_source, resolve_preset, whole_on_every_process
 from .models import OutcomeRewardModel, ProcessRewardModel
 from .presets import Preset, find_preset
@@ -77,3 +80,34 @@ def _check_classifier(source: Source, loading: dict[str, Any]) -> None:
             f"{', '.join(sorted(missing))} would be random. Load it with ProcessRewardModel or "
             "OutcomeRewardModel and a Preset that says how it is fed and read."
         )
+
+
+def prepare_reward_sources(
+    sources: Sequence[Any], *, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None
+) -> list[Any]:
+    """
+    The sources of `reward_funcs` as the trainer calls them.
+
+    Args:
+        sources (`Sequence`):
+            Functions, reward models and sequence classifiers.
+        accelerator (`Accelerator`):
+            Places reward models.
+        policy_tokenizer (`PreTrainedTokenizerBase`):
+            Reads the policy's `completion_ids`.
+        batch_tokens (`int` or `None`):
+            Largest number of padded tokens in one forward of a model; `None` for no bound.
+
+    Returns:
+        `list`: a sequence classifier is cut to `batch_tokens`, a [`~trl_grpo_ext.rewards.types.PreparedSource`] is
+        prepared, a function is itself.
+    """
+    prepared: list[Any] = []
+    for source in sources:
+        if isinstance(source, nn.Module):
+            prepared.append(source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator))
+            continue
+        if isinstance(source, PreparedSource):
+            source.prepare(accelerator, policy_tokenizer, batch_tokens)
+        prepared.append(source)
+    return prepared

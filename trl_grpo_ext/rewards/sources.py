@@ -1,36 +1,24 @@
 """Reward functions whose token and step rewards are remembered while TRL sees one number per completion."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
 from .._trl import is_async_callable
-from ..reward_models.batching import TokenBatchedModel
+from .step_reductions import STEP_REDUCTIONS
 from .transforms import transform_reward
-from .types import PreparedSource, Reward, StepRewards, check_finite, is_list_like, plain, read_reward
-
-
-REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "sum": math.fsum,
-    "mean": lambda values: math.fsum(values) / len(values),
-    "min": min,
-    "prod": math.prod,
-    "last": lambda values: values[-1],
-}
+from .types import Reward, StepRewards, check_finite, is_list_like, parse_reward, plain
 
 
 class RewardSource:
     """
-    A reward function as TRL calls it, which also keeps the token and step rewards of its last batch.
+    A reward function as TRL calls it, which also remembers the token and step rewards of its last batch.
 
-    TRL expects one number per completion. The rewards are checked, transformed and kept in `rewards`; TRL gets floats
-    as they are, and steps brought to one number by the function's attribute `reduce`: `"sum"` (default), `"mean"`,
-    `"min"`, `"prod"` or `"last"`.
+    TRL expects one number per completion. The returned rewards are checked, transformed and stored in `rewards`. TRL
+    gets a float as it is, and step rewards brought to one number by the function's attribute `reduce`: `"sum"`
+    (default), `"mean"`, `"min"`, `"prod"` or `"last"`.
 
     Args:
         function (`Callable`):
@@ -39,24 +27,43 @@ class RewardSource:
             Its name in logs and errors.
         transform (`str`, *optional*, defaults to `"none"`):
             A reward transform, see [`~trl_grpo_ext.rewards.transforms.parse_transform`].
+
+    Raises:
+        ValueError: the function has an attribute `reduce` that is not in `STEP_REDUCTIONS`.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, transform: str = "none"):
         self.function = function
         self.name = name
+        # TRL's messages show it
+        self.__name__ = name
         self.transform = transform
-        while isinstance(function, functools.partial):
-            function = function.func
-        # An attribute of the user's function, absent on most
-        self.reduce = getattr(function, "reduce", "sum")
-        if self.reduce not in REDUCTIONS:
-            raise ValueError(
-                f"reward source '{name}': `reduce` is {self.reduce!r}; known: {', '.join(map(repr, REDUCTIONS))}."
-            )
+        self.reduce = _reduce_attribute(function)
+        if self.reduce not in STEP_REDUCTIONS:
+            known = ", ".join(map(repr, STEP_REDUCTIONS))
+            raise ValueError(f"reward source '{name}': `reduce` is {self.reduce!r}; known: {known}.")
         self.rewards: list[Reward] = []
+        # Whether any completion of the last batch came back as `StepRewards` or a token list, even one without steps
+        self.returned_steps = False
 
-    def read(self, returned: Any, lengths: Sequence[int]) -> list[float | None]:
-        """Keep what the function returned for this batch and give TRL one number, or None, per completion."""
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    def parse(self, returned: Any, lengths: Sequence[int]) -> list[float | None]:
+        """
+        Store what the function returned for a batch and give TRL one number, or `None`, per completion.
+
+        Args:
+            returned (`Any`):
+                What the function returned.
+            lengths (`Sequence[int]`):
+                Number of tokens of each completion.
+
+        Raises:
+            TypeError: not a list, or an entry that is no reward; the message names source and completion.
+            ValueError: another number of rewards than of completions, or a reward that
+                [`~trl_grpo_ext.rewards.types.parse_reward`] refuses.
+        """
         returned = plain(returned)
         if not is_list_like(returned):
             raise TypeError(
@@ -68,27 +75,34 @@ class RewardSource:
             raise ValueError(
                 f"reward source '{self.name}' returned {len(returned)} rewards for {len(lengths)} completions."
             )
-        self.rewards, numbers = [], []
+        self.returned_steps = any(isinstance(value, (StepRewards, list)) for value in returned)
+        self.rewards = []
+        numbers = []
         for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
-            reward = transform_reward(read_reward(value, length, where), self.transform, where)
+            reward = transform_reward(parse_reward(value, length, where), self.transform, where)
             self.rewards.append(reward)
-            if isinstance(reward, StepRewards):
-                scored, what = reward.scored, f"{where}: the {self.reduce} of its steps"
-                reward = check_finite(REDUCTIONS[self.reduce](scored), what) if scored else None
-            numbers.append(reward)
+            numbers.append(self._to_number(reward, where))
         return numbers
 
+    def _to_number(self, reward: Reward, where: str) -> float | None:
+        if not isinstance(reward, StepRewards):
+            return reward
+        if not reward.scored:
+            return None
+        return check_finite(STEP_REDUCTIONS[self.reduce](reward.scored), f"{where}: the {self.reduce} of its steps")
+
     def count_steps(self) -> tuple[int, int]:
-        """How many steps of the last batch were not scored, and how many there were."""
+        """How many steps of the last batch were not scored, and how many steps there were."""
         steps = [reward for reward in self.rewards if isinstance(reward, StepRewards)]
-        given = sum(len(reward.values) for reward in steps)
-        return given - sum(len(reward.scored) for reward in steps), given
+        total = sum(len(reward.values) for reward in steps)
+        scored = sum(len(reward.scored) for reward in steps)
+        return total - scored, total
 
     def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
         # Before the call: a function may change the lists that it gets
         lengths = [len(ids) for ids in completion_ids]
-        return self.read(self.function(completion_ids=completion_ids, **kwargs), lengths)
+        return self.parse(self.function(completion_ids=completion_ids, **kwargs), lengths)
 
 
 class AsyncRewardSource(RewardSource):
@@ -96,28 +110,25 @@ class AsyncRewardSource(RewardSource):
 
     async def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:  # type: ignore[override]
         lengths = [len(ids) for ids in completion_ids]
-        return self.read(await self.function(completion_ids=completion_ids, **kwargs), lengths)
+        return self.parse(await self.function(completion_ids=completion_ids, **kwargs), lengths)
 
 
-def wrap_source(
-    source: Any, name: str, transform: str, batch_tokens: int | None, accelerator: Accelerator, policy_tokenizer: Any
-) -> RewardSource | nn.Module:
-    """
-    A source of `reward_funcs` as the trainer uses it.
-
-    A function becomes a [`RewardSource`]; a model stays, or gets its forwards cut to `batch_tokens`.
-    """
-    if isinstance(source, nn.Module):
-        return source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator)
-    if isinstance(source, PreparedSource):
-        source.prepare(accelerator, policy_tokenizer, batch_tokens)
-    return (AsyncRewardSource if is_async_callable(source) else RewardSource)(source, name, transform)
+def _reduce_attribute(function: Callable[..., Any]) -> str:
+    """The user's choice, an attribute that most reward functions do not have."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "reduce", "sum")
 
 
-def read_model_rewards(rewards_N: torch.Tensor, name: str, transform: str) -> torch.Tensor:
-    """Check and transform the scores of a reward model, as [`RewardSource`] does for what functions return."""
-    read = []
-    for index, value in enumerate(rewards_N.tolist()):
+def wrap_source(function: Callable[..., Any], name: str, transform: str) -> RewardSource:
+    """The [`RewardSource`] of a reward function, or the [`AsyncRewardSource`] of a coroutine function."""
+    return (AsyncRewardSource if is_async_callable(function) else RewardSource)(function, name, transform)
+
+
+def parse_model_scores(scores_N: torch.Tensor, name: str, transform: str) -> torch.Tensor:
+    """Check and transform the scores of a sequence classifier, as [`RewardSource`] does for what functions return."""
+    parsed = []
+    for index, value in enumerate(scores_N.tolist()):
         where = f"reward source '{name}', completion {index}"
-        read.append(transform_reward(read_reward(value, 0, where), transform, where))
-    return rewards_N.new_tensor(read)
+        parsed.append(transform_reward(parse_reward(value, 0, where), transform, where))
+    return scores_N.new_tensor(parsed)

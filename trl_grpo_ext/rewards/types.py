@@ -1,4 +1,12 @@
-"""What a reward source may return for one completion, and how it is checked."""
+"""
+What a reward source may return for one completion, and how it is checked.
+
+| word | meaning |
+|---|---|
+| unjudged | a completion for which a source gives no reward at all |
+| unscored | a step whose value is `None`, in a completion that its source judges |
+| withheld | a reward that a gate keeps from counting |
+"""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -47,7 +55,7 @@ class PreparedSource(Protocol):
         """TRL's call of a reward function."""
 
 
-# What is left after reading: a number for the whole completion, rewards on tokens, or no judgement
+# What is left after parsing: a number for the whole completion, rewards on tokens, or no judgement
 Reward = float | StepRewards | None
 
 
@@ -83,7 +91,7 @@ def _number(value: Any, what: str) -> float:
     return check_finite(value, what)
 
 
-def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
+def _parse_steps(reward: StepRewards, length: int, where: str) -> StepRewards | None:
     for field, given in {"ends": reward.ends, "values": reward.values}.items():
         if not is_list_like(given):
             raise TypeError(f"{where}: StepRewards has {field}={given!r}; expected a list.")
@@ -103,7 +111,7 @@ def _read_steps(reward: StepRewards, length: int, where: str) -> StepRewards | N
     return StepRewards(ends, values) if ends else None
 
 
-def read_reward(value: Any, length: int, where: str) -> Reward:
+def parse_reward(value: Any, length: int, where: str) -> Reward:
     """
     Check what a source returned for one completion and bring it to a plain form.
 
@@ -127,7 +135,7 @@ def read_reward(value: Any, length: int, where: str) -> Reward:
     if value is None:
         return None
     if isinstance(value, StepRewards):
-        return _read_steps(value, length, where)
+        return _parse_steps(value, length, where)
     if isinstance(value, Real):
         return check_finite(value, f"{where}: the reward")
     if isinstance(value, list):
@@ -149,7 +157,7 @@ def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor) -> torch.Ten
 
     Args:
         rewards (`Sequence[float | StepRewards | None]` of length B):
-            What [`read_reward`] returned.
+            What [`parse_reward`] returned.
         mask_BT (`torch.Tensor` of shape `(B, T)`):
             Loss mask, 1 for tokens that are trained on.
 

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from ...rewards.sources import REDUCTIONS
+from ...rewards.step_reductions import STEP_REDUCTIONS
 from ...rewards.types import check_finite
 from ..opening import load_reward_model
 from ..presets import Preset
@@ -108,7 +108,7 @@ def _answer(scores: list[Any], kind: str, reduce: str) -> dict[str, Any]:
         return {"rewards": rewards, "scores": rewards}
     step_scores = [_finite(own, f"step_scores[{index}]") for index, own in enumerate(scores)]
     scored = [[score for score in own if score is not None] for own in step_scores]
-    rewards = _finite([REDUCTIONS[reduce](own) if own else None for own in scored], "rewards")
+    rewards = _finite([STEP_REDUCTIONS[reduce](own) if own else None for own in scored], "rewards")
     return {"rewards": rewards, "scores": rewards, "step_scores": step_scores}
 
 
@@ -131,8 +131,8 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
     Raises:
         ValueError: an unknown `kind` or `reduce`.
     """
-    if kind not in KINDS or reduce not in REDUCTIONS:
-        raise ValueError(f"kind {kind!r} is not in {KINDS}, or reduce {reduce!r} not in {tuple(REDUCTIONS)}.")
+    if kind not in KINDS or reduce not in STEP_REDUCTIONS:
+        raise ValueError(f"kind {kind!r} is not in {KINDS}, or reduce {reduce!r} not in {tuple(STEP_REDUCTIONS)}.")
     busy = asyncio.Lock()
     score = model.score_steps if kind == "process" else model.score_batch
 
