@@ -1,4 +1,12 @@
-"""Several reward sources, weighted, with missing judgements, to one advantage per token."""
+"""
+Several reward sources, weighted, with missing judgements, to one advantage per token.
+
+- A completion is the sequence of its loss tokens. Rewards on other tokens are ignored, and other tokens neither
+  discount nor shift the ones that count.
+- A source judges a completion if it puts a reward on at least one of its loss tokens. A completion that no source
+  judges gets 0 and is absent from every mean and standard deviation.
+- A source of weight 0 is absent from every formula. A completion that only such sources judge is not judged.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,23 +39,6 @@ def process_advantages(
     r"""
     Group-relative advantages of every loss token, from the token rewards of K sources.
 
-    A completion is the sequence of its loss tokens. Rewards on other tokens are ignored, and other tokens neither
-    discount nor shift the ones that count. Source k judges completion i if it puts a reward on at least one of i's
-    loss tokens. A completion that no source judges gets 0 and is absent from every mean and standard deviation.
-    A source of weight 0 is absent from every formula, and what it alone judges is not judged.
-
-    `aggregation="sum_then_normalize"` normalises once:
-
-    `A = normalize(sum_k w_k returns(r^k))` for estimators that normalise returns,
-
-    `A = returns(normalize(sum_k w_k r^k))` for estimators that normalise step rewards.
-
-    `"normalize_then_sum"` normalises each source by itself with its group's std, then the weighted sum:
-
-    `S = sum_k w_k A^k`, `A = (S - mean S) / (std S + eps)`
-
-    The mean and the std of S are over the batch, every judged completion counting 1, as TRL does for scalars.
-
     Reduces to TRL's advantages for completions of one token and weights other than 0, in both orders and all three
     scales (`"min"`, whose baseline leaves the completion out, up to the factor `n / (n - 1)`).
 
@@ -67,60 +58,42 @@ def process_advantages(
         gamma_unit (`str`, *optional*, defaults to `"token"`):
             Discount at every loss token, or only at those that carry a reward (`"step"`).
         options (`Mapping[str, Any]`, *optional*):
-            Options of the estimators, such as `{"position_baseline": "active"}`. Those that only other estimators
-            read are ignored. Those that are not given keep the defaults of the estimator's function.
+            Options of the estimators by name; see [`~trl_grpo_ext.Estimator.with_options`].
         aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            TRL's `multi_objective_aggregation`: `"sum_then_normalize"` or `"normalize_then_sum"`.
+            TRL's `multi_objective_aggregation`: normalise the weighted sum, or each source (`"normalize_then_sum"`).
         scale (`str`, *optional*, defaults to `"group"`):
             TRL's `scale_rewards`: `"group"`, `"batch"` or `"none"`. As in TRL, `"normalize_then_sum"` ignores it.
         eps (`float`, *optional*, defaults to `1e-4`):
-            Added to every standard deviation that is divided by, in units of the reward.
+            Added to every standard deviation that is divided by.
 
     Returns:
         `torch.Tensor` of shape `(N, T)`: advantages, 0 outside the loss mask.
 
     Raises:
-        ValueError: shapes that do not fit, names or values that are unknown, or several gammas where the sources'
-            step rewards are summed before they are discounted.
+        ValueError: shapes that do not fit, unknown names or values, or several gammas for one sum of step rewards.
     """
     _check_shapes(rewards_KNT, mask_NT, weights_K, group_size)
     check_choice("gamma_unit", gamma_unit, GAMMA_UNITS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_choice("scale", scale, SCALES)
-    bound = find_estimator(estimator).with_options(options or {})
+    row = find_estimator(estimator).with_options(options or {})
     gammas = _gamma_per_source(gamma, len(weights_K))
-    weights_K = weights_K.to(rewards_KNT)
-    weighted = [k for k, weight in enumerate(weights_K.tolist()) if weight != 0]
-    gammas = [gammas[k] for k in weighted]
-    if aggregation == "sum_then_normalize" and bound.normalizes == "step_rewards":
-        _check_one_gamma(estimator, gammas)
-    if not weighted:
-        return torch.zeros_like(mask_NT, dtype=rewards_KNT.dtype)
-
-    # Packed, a completion's loss tokens are adjacent: tool output among them is no distance to a discount, and token
-    # indices of different completions can be compared. NaN is the only mark of "no reward" from here on, so that a
-    # reward outside the mask cannot be mistaken for one.
-    mask_NT = mask_NT.bool()
-    order_NT = pack_order(mask_NT)
-    packed_mask_NT = mask_NT.gather(1, order_NT)
-    rewards_KNT = rewards_KNT[weighted]
-    sources = _Sources(
-        rewards_KNT=rewards_KNT.gather(2, order_NT.expand_as(rewards_KNT)).where(packed_mask_NT, torch.nan),
-        mask_NT=packed_mask_NT,
-        weights_K=weights_K[weighted],
-        gammas=gammas,
-        gamma_unit=gamma_unit,
-        group_size=group_size,
-    )
-    if aggregation == "sum_then_normalize":
-        packed_NT = _advantages_of_sum(sources, bound, scale=scale, eps=eps)
+    sources = _Sources(rewards_KNT, mask_NT.bool(), weights_K.to(rewards_KNT), gammas, gamma_unit, group_size)
+    sources = sources.without_weight_0()
+    order_NT = pack_order(sources.mask_NT)
+    sources = sources.packed(order_NT)
+    if not sources.gammas:
+        packed_NT = torch.zeros_like(order_NT, dtype=rewards_KNT.dtype)
+    elif aggregation == "sum_then_normalize":
+        _check_one_gamma(sources.gammas, row, estimator)
+        packed_NT = _advantages_of_sum(sources, row, scale=scale, eps=eps)
     else:
-        packed_NT = _sum_of_advantages(sources, bound, eps=eps)
+        packed_NT = _sum_of_advantages(sources, row, eps=eps)
     return torch.zeros_like(packed_NT).scatter(1, order_NT, packed_NT)
 
 
 class _Sources(NamedTuple):
-    """Reward sources over packed completions; any subset of them is again one."""
+    """Reward sources over the same completions; any subset of them is again one."""
 
     rewards_KNT: torch.Tensor
     mask_NT: torch.Tensor
@@ -133,6 +106,23 @@ class _Sources(NamedTuple):
     def judged_N(self) -> torch.Tensor:
         return (~self.rewards_KNT.isnan()).any(2).any(0)
 
+    def without_weight_0(self) -> "_Sources":
+        """The others; multiplying by 0 would still let a source judge completions and end steps."""
+        kept = [k for k, weight in enumerate(self.weights_K.tolist()) if weight != 0]
+        return self._replace(
+            rewards_KNT=self.rewards_KNT[kept],
+            weights_K=self.weights_K[kept],
+            gammas=[self.gammas[k] for k in kept],
+        )
+
+    def packed(self, order_NT: torch.Tensor) -> "_Sources":
+        """The same with the loss tokens first in each row, and NaN on all other tokens."""
+        # Adjacent loss tokens are neighbours: tool output between them neither discounts nor shifts a token index.
+        # With NaN as the only mark of "no reward", no formula below can read a reward outside the mask
+        mask_NT = self.mask_NT.gather(1, order_NT)
+        rewards_KNT = self.rewards_KNT.gather(2, order_NT.expand_as(self.rewards_KNT))
+        return self._replace(rewards_KNT=rewards_KNT.where(mask_NT, torch.nan), mask_NT=mask_NT)
+
     def single(self, k: int) -> "_Sources":
         """Source k alone, with weight 1."""
         return self._replace(
@@ -142,66 +132,78 @@ class _Sources(NamedTuple):
         )
 
     def weighted_sum(self, values_KNT: torch.Tensor) -> torch.Tensor:
-        """`sum_k w_k x^k`."""
+        """`sum_k w_k x^k`, `(N, T)`."""
         return (self.weights_K[:, None, None] * values_KNT).sum(0)
 
     def returns(self, rewards_NT: torch.Tensor, k: int) -> torch.Tensor:
-        """Returns with source k's gamma, of rewards that are NaN where none is given."""
+        """Returns, with source k's gamma, of rewards that are NaN where there is none."""
         step_ends_NT = ~rewards_NT.isnan() if self.gamma_unit == "step" else None
         return discounted_returns(rewards_NT.nan_to_num(), self.gammas[k], step_ends_NT)
 
 
-def _advantages_of_sum(sources: _Sources, estimator: Estimator, *, scale: str, eps: float) -> torch.Tensor:
-    """Add the weighted sources up, then normalise once."""
+def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: float) -> torch.Tensor:
+    """
+    Add the weighted sources up, then normalise once.
+
+    An estimator that normalises returns: `A = normalize(sum_k w_k returns_k(shape(r^k)))`
+
+    An estimator that normalises step rewards: `A = returns(normalize(sum_k w_k shape(r^k)))`
+    """
 
     def normalize(values_NT: torch.Tensor) -> torch.Tensor:
-        return estimator.function(
-            EstimatorInputs(values_NT, sources.mask_NT, sources.judged_N, sources.group_size, scale, eps)
-        )
+        judged_N = sources.judged_N
+        return row.function(EstimatorInputs(values_NT, sources.mask_NT, judged_N, sources.group_size, scale, eps))
 
-    rewards_KNT = estimator.shape_rewards(sources.rewards_KNT)
-    if estimator.normalizes == "step_rewards":
-        given_KNT = ~rewards_KNT.isnan()
-        given_NT = given_KNT.any(0)
-        rewards_NT = sources.weighted_sum(rewards_KNT.where(given_KNT, 0.0)).where(given_NT, torch.nan)
-        # A step ends where any source gives a reward
-        return sources.returns(normalize(rewards_NT).where(given_NT, torch.nan), 0)
-    returns_KNT = torch.stack([sources.returns(rewards_NT, k) for k, rewards_NT in enumerate(rewards_KNT)])
-    counted_NT = sources.mask_NT & sources.judged_N[:, None]
-    return normalize(sources.weighted_sum(returns_KNT)).where(counted_NT, 0.0)
+    rewards_KNT = row.shape_rewards(sources.rewards_KNT)
+    if row.normalizes == "returns":
+        returns_KNT = torch.stack([sources.returns(rewards_NT, k) for k, rewards_NT in enumerate(rewards_KNT)])
+        counted_NT = sources.mask_NT & sources.judged_N[:, None]
+        return normalize(sources.weighted_sum(returns_KNT)).where(counted_NT, 0.0)
+    given_KNT = ~rewards_KNT.isnan()
+    # A step reward exists where any source gives one; a source that gives none there adds 0
+    given_NT = given_KNT.any(0)
+    rewards_NT = sources.weighted_sum(rewards_KNT.where(given_KNT, 0.0)).where(given_NT, torch.nan)
+    # All gammas are equal here
+    return sources.returns(normalize(rewards_NT).where(given_NT, torch.nan), 0)
 
 
-def _sum_of_advantages(sources: _Sources, estimator: Estimator, *, eps: float) -> torch.Tensor:
-    """Normalise each source by itself, add them up weighted, then normalise over the batch as TRL does."""
-    advantages_KNT = torch.stack(
-        [_advantages_of_sum(sources.single(k), estimator, scale="group", eps=eps) for k in range(len(sources.gammas))]
-    )
-    summed_NT = sources.weighted_sum(advantages_KNT)
-    # Weights 1 / L: a long completion must not count more than a short one. With completions of different lengths
-    # the mean is not 0, although the estimators centre: they do not weight tokens like this. It is subtracted in
-    # groups without spread as well.
+def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torch.Tensor:
+    """
+    Normalise each source by itself with its group's std, add them up weighted, then normalise over the batch.
+
+    `S = sum_k w_k A^k`
+
+    `A = (S - mean S) / (std S + eps)`
+
+    The second step is TRL's for scalars: the mean and the std are over the batch, each judged completion counting 1.
+    """
+    alone = [_advantages_of_sum(sources.single(k), row, scale="group", eps=eps) for k in range(len(sources.gammas))]
+    summed_NT = sources.weighted_sum(torch.stack(alone))
+    # Tokens have weight 1 / L, so that a long completion counts no more than a short one
     weights_NT = completion_weights(sources.mask_NT, sources.judged_N, summed_NT.dtype)
     batch = weighted_moments(summed_NT, weights_NT, (0, 1))
+    # The mean is not 0 for completions of different lengths: the estimators centre with other weights than 1 / L.
+    # TRL's step subtracts it from every completion, so groups without spread do not stay at 0
     return ((summed_NT - batch.mean) / (batch.std + eps)).where(batch.has_spread & (weights_NT > 0), 0.0)
 
 
-def _gamma_per_source(gamma: float | Sequence[float], count: int) -> list[float]:
-    gammas = [gamma] * count if isinstance(gamma, (int, float)) else list(gamma)
-    if len(gammas) != count:
-        raise ValueError(f"{len(gammas)} gammas for {count} reward sources.")
+def _gamma_per_source(gamma: float | Sequence[float], num_sources: int) -> list[float]:
+    gammas = [gamma] * num_sources if isinstance(gamma, (int, float)) else list(gamma)
+    if len(gammas) != num_sources:
+        raise ValueError(f"{len(gammas)} gammas for {num_sources} reward sources; give one for all, or one each.")
     return [float(value) for value in gammas]
 
 
-def _check_one_gamma(estimator: str | Estimator, gammas: list[float]) -> None:
-    if len(set(gammas)) > 1:
+def _check_one_gamma(gammas: list[float], row: Estimator, estimator: str | Estimator) -> None:
+    if row.normalizes == "step_rewards" and len(set(gammas)) > 1:
         raise ValueError(
-            f"estimator {estimator!r} normalises the sum of the sources' step rewards and discounts it afterwards, so "
-            f"it takes one gamma; got {gammas}. Use one gamma, or aggregation='normalize_then_sum'."
+            f"estimator {estimator!r} sums the sources' step rewards before discounting, so it takes one gamma; got "
+            f"{gammas}. Give one gamma, or aggregation='normalize_then_sum'."
         )
 
 
 def _check_shapes(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, weights_K: torch.Tensor, group_size: int) -> None:
-    shapes = tuple(rewards_KNT.shape), tuple(mask_NT.shape), tuple(weights_K.shape)
+    shapes = [tuple(tensor.shape) for tensor in (rewards_KNT, mask_NT, weights_K)]
     if rewards_KNT.ndim != 3 or shapes[1] != shapes[0][1:] or shapes[2] != shapes[0][:1]:
         raise ValueError(
             f"expected rewards (K, N, T), mask (N, T) and weights (K,); got {', '.join(map(str, shapes))}."

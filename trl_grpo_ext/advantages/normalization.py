@@ -23,16 +23,22 @@ class Moments(NamedTuple):
 
 def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int, ...]) -> Moments:
     r"""
-    `n = sum w`, `mean = sum w x / n`, `std = sqrt(sum w (x - mean)^2 / (n - 1))`, in two passes.
+    Weighted mean and standard deviation, in two passes.
 
-    There is no spread where `n <= 1` or `std` is no larger than the rounding of the values. Entries with weight 0 are
-    never read.
+    `n = sum w`
+
+    `mean = sum w x / n`
+
+    `std = sqrt(sum w (x - mean)^2 / (n - 1))`
+
+    There is no spread where `n <= 1` or where `std` is no larger than the rounding of the values. Entries with weight
+    0 are never read.
     """
     values = values.where(weights > 0, 0.0)
     count = weights.sum(dim, keepdim=True)
     mean = (weights * values).sum(dim, keepdim=True) / count.clamp(min=torch.finfo(values.dtype).tiny)
     squares = (weights * (values - mean) ** 2).sum(dim, keepdim=True)
-    # Weights 1 / L of a completion's tokens add up to 1 only to rounding
+    # The weights 1 / L of a completion's L tokens sum to 1 only up to rounding, so that `count > 1` might hold for one
     several = count > 1.5
     std = (squares / (count - 1).where(several, 1.0)).sqrt().where(several, 0.0)
     tolerance = (values.abs().amax(dim, keepdim=True) * _RELATIVE_SPREAD).clamp(min=_ABSOLUTE_SPREAD)
@@ -48,20 +54,40 @@ def standardize(
     eps: float,
     baseline: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """
-    `(x - baseline) / (std + eps)`, with the group's mean as the baseline unless one is given.
+    r"""
+    Values minus a baseline, over a standard deviation; 0 where the weight is 0 or the compared values have no spread.
 
-    `scale` takes the std over the group (`"group"`), over the same set of all groups (`"batch"`), or none (`"none"`).
+    `(x - baseline) / (std + eps)`
+
+    Args:
+        values_PGT (`torch.Tensor` of shape `(P, G, T)`):
+            x, by group.
+        weights_PGT (`torch.Tensor` of shape `(P, G, T)`):
+            Weights of the values in means and standard deviations.
+        group_dims (`tuple[int, ...]`):
+            Axes of a group's values that are compared with each other.
+        scale (`str`):
+            The std is over these values of the group (`"group"`) or of all groups (`"batch"`), or the division is left
+            out (`"none"`).
+        eps (`float`):
+            Added to the std.
+        baseline (`torch.Tensor`, *optional*):
+            Broadcasts against the values. By default the group's mean.
+
+    Returns:
+        `torch.Tensor` of shape `(P, G, T)`.
     """
     group = weighted_moments(values_PGT, weights_PGT, group_dims)
-    counted = group.has_spread & (weights_PGT > 0)
-    centred = values_PGT - (group.mean if baseline is None else baseline)
+    has_spread = group.has_spread
+    centred_PGT = values_PGT - (group.mean if baseline is None else baseline)
     if scale == "group":
-        centred = centred / (group.std + eps)
+        centred_PGT = centred_PGT / (group.std + eps)
     elif scale == "batch":
         batch = weighted_moments(values_PGT, weights_PGT, (0, *group_dims))
-        centred, counted = centred / (batch.std + eps), counted & batch.has_spread
-    return centred.where(counted, 0.0)
+        # Spread of one group above the rounding may be below it beside the larger values of the batch
+        has_spread = has_spread & batch.has_spread
+        centred_PGT = centred_PGT / (batch.std + eps)
+    return centred_PGT.where(has_spread & (weights_PGT > 0), 0.0)
 
 
 def mean_of_others(values_PGT: torch.Tensor, weights_PGT: torch.Tensor) -> torch.Tensor:
@@ -78,7 +104,7 @@ def mean_of_others(values_PGT: torch.Tensor, weights_PGT: torch.Tensor) -> torch
 
 
 def completion_weights(mask_NT: torch.Tensor, judged_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`1 / L_i` on the loss tokens of judged completions, 0 elsewhere: every judged completion counts 1."""
+    """`1 / L_i` on the L_i loss tokens of judged completions, 0 elsewhere: every judged completion counts 1."""
     counted_NT = (mask_NT & judged_N[:, None]).to(dtype)
     return counted_NT / mask_NT.sum(1, keepdim=True).clamp(min=1)
 
