@@ -27,7 +27,7 @@ from trl_grpo_ext import GRPOExtTrainer, ProcessRewardModel
 from trl_grpo_ext.reward_models.heads import LinearHead
 from trl_grpo_ext.reward_models.opening import open_reward_model, open_reward_models
 from trl_grpo_ext.reward_models.presets import PRESETS, Preset
-from trl_grpo_ext.reward_models.readings import LabelSoftmax, LogRatio, TokenPair, ValueHead
+from trl_grpo_ext.reward_models.readings import LabelSoftmax, LogRatio, TokenPair, Sigmoid
 from trl_grpo_ext.reward_models.rendering import Tagged
 
 
@@ -36,7 +36,7 @@ PAIR = Preset("pair", "process", TAGGED, TokenPair("+", "-"))
 OTHER_PAIR = Preset("other-pair", "process", TAGGED, TokenPair("a", "b"))
 RATIO = Preset("ratio", "process", TAGGED, LogRatio(beta=1.0))
 LABELS = Preset("labels", "process", TAGGED, LabelSoftmax((1,)), LinearHead("score", 2), stray_keys=("v_head.*",))
-VALUE = Preset("value", "process", TAGGED, ValueHead(), LinearHead("v_head", 1), stray_keys=("score.*",))
+VALUE = Preset("value", "process", TAGGED, Sigmoid(), LinearHead("v_head", 1), stray_keys=("score.*",))
 
 # The quantisation's blocks must fit
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.15}

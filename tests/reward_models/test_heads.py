@@ -23,7 +23,7 @@ from trl_grpo_ext.reward_models.heads import (
     ReadBatch,
     vocabulary_head,
 )
-from trl_grpo_ext.reward_models.readings import LabelSoftmax, SequenceScalar, ValueHead
+from trl_grpo_ext.reward_models.readings import LabelSoftmax, SequenceScalar, Sigmoid
 from trl_grpo_ext.reward_models.scorers import HeadReader, LogRatioScorer, Scorer, TokenPairReader
 
 
@@ -126,7 +126,7 @@ def test_heads_and_readings_equal_numpy(batch):
             lambda z: (np.exp(z) / np.exp(z).sum(-1, keepdims=True))[:, 1:].sum(-1),
         ),
         (MLPHead("score", 2), LabelSoftmax(), lambda z: 1 / (1 + np.exp(z[:, 0] - z[:, 1]))),
-        (LinearHead("v_head.summary", 1), ValueHead(), lambda z: 1 / (1 + np.exp(-z[:, 0]))),
+        (LinearHead("v_head.summary", 1), Sigmoid(), lambda z: 1 / (1 + np.exp(-z[:, 0]))),
         (LinearHead("score", 1, bias=False), SequenceScalar(), lambda z: z[:, 0]),
     ):
         decoder, heads = with_head(head)

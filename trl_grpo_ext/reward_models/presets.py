@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..steps.segmentation import Segmentation
 from .heads import GatedObjectivesHead, Head, LinearHead, MLPHead
-from .readings import LabelSoftmax, LogRatio, Reading, SequenceScalar, TokenPair, ValueHead
+from .readings import LabelSoftmax, LogRatio, Reading, SequenceScalar, TokenPair, Sigmoid
 from .rendering import Bare, Rendering, Tagged, Turns
 
 
@@ -24,7 +24,7 @@ _TYPES = {
     for cls in (
         *(Tagged, Turns, Bare, Segmentation),
         *(LinearHead, MLPHead, GatedObjectivesHead),
-        *(LabelSoftmax, TokenPair, ValueHead, LogRatio, SequenceScalar),
+        *(LabelSoftmax, TokenPair, Sigmoid, LogRatio, SequenceScalar),
     )
 }
 
@@ -41,7 +41,7 @@ class Preset:
             `"process"`, a score for each step, or `"outcome"`, one for the solution.
         rendering ([`Tagged`], [`Turns`] or [`Bare`]):
             Problem and steps to ids.
-        reading ([`LabelSoftmax`], [`TokenPair`], [`ValueHead`], [`LogRatio`] or [`SequenceScalar`]):
+        reading ([`LabelSoftmax`], [`TokenPair`], [`Sigmoid`], [`LogRatio`] or [`SequenceScalar`]):
             Hidden states to scores.
         head ([`LinearHead`], [`MLPHead`] or [`GatedObjectivesHead`], *optional*):
             What stands on the backbone. Without one the model is a causal language model.
@@ -175,7 +175,7 @@ PRESETS: dict[str, Preset] = {
             architectures=("Qwen2ForPrmModel",),
             kind="process",
             rendering=Tagged(tag="\n", prompt="{problem}\n", bos=True),
-            reading=ValueHead(),
+            reading=Sigmoid(),
             head=LinearHead("v_head.summary", outputs=1),
             stray_keys=("lm_head.*",),
             segmentation=Segmentation(by="newline"),

@@ -18,7 +18,7 @@ class LabelSoftmax:
 
 
 @dataclass(frozen=True)
-class ValueHead:
+class Sigmoid:
     """`sigmoid(logit)` of a head with one output, in [0, 1]."""
 
     def scores(self, logits_RO: torch.Tensor) -> torch.Tensor:
@@ -60,6 +60,6 @@ class LogRatio:
     beta: float = 0.001
 
 
-HeadReading = LabelSoftmax | ValueHead | SequenceScalar
+HeadReading = LabelSoftmax | Sigmoid | SequenceScalar
 
 Reading = HeadReading | TokenPair | LogRatio
