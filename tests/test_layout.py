@@ -29,12 +29,14 @@ PURE = [
     "metrics.py",
     "reward_models/readings.py",
     "reward_models/remote/protocols.py",
+    "rewards/gating.py",
+    "rewards/step_reductions.py",
     "rewards/transforms.py",
     "rewards/types.py",
 ]
 MAY_USE_UPSTREAM = [
     *("checkpoints/trainer.py", "config.py", "distributed.py", "trainer.py"),
-    *("kl/cached_reference.py", "kl/model_forward.py", "kl/reference.py"),
+    *("kl/cached_reference.py", "kl/model_forward.py", "kl/reference.py", "kl/trainer.py"),
     *("reward_models/backbone.py", "rewards/sources.py"),
 ]
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common

@@ -1,7 +1,7 @@
 """The trainer: TRL's, with our advantages in the batch and our KL in the loss."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,25 +18,13 @@ from transformers import (
 from transformers.utils import logging
 
 from ._swapped import swapped
-from ._trl import ADVANTAGE_EPS, GRPOTrainer, SyncRefModelCallback, get_config_model_id
+from ._trl import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .advantages.combine import process_advantages
 from .checkpoints.trainer import CheckpointedTrainer
 from .config import GRPOExtConfig
 from .distributed import gather, local_rows, total
-from .kl.cached_reference import CachedReference, OnSync
-from .kl.estimates import kl_estimate, weight_by_ratio
-from .kl.model_forward import ModelCall
-from .kl.reference import adapter_reference, move_adapter_reference, prepare_adapter_reference
 from .loss import (
-    CLIPPED_LOSSES,
-    ClippedLossGradient,
-    completion_logps,
-    importance_ratio,
     loss_mask,
-    reduce_tokens,
-    sequence_token_old_logps,
-    token_weights,
-    window_tokens,
 )
 from .metrics import (
     completion_means,
@@ -122,24 +110,22 @@ class GRPOExtTrainer(CheckpointedTrainer):
             raise TypeError(
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
-        # TRL refuses to move a reference under PEFT, and its callback for a separate one is ours to add
-        with swapped(args, sync_ref_model=False):
-            super().__init__(
-                model=model,
-                reward_funcs=_open_sources(reward_funcs, args),
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
+        super().__init__(
+            model=model,
+            reward_funcs=_open_sources(reward_funcs, args),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
@@ -152,51 +138,9 @@ class GRPOExtTrainer(CheckpointedTrainer):
         )
         # A `reduce` that does not exist is known now
         self._wrap_sources()
-        self._sequence_token = args.importance_sampling_level == "sequence_token"
-        if self._sequence_token:
-            # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
-            self.importance_sampling_level = "token"
-        self._reference = self._prepare_reference()
         # Of the batch that is being scored: the wrapped sources, and one number per completion and source
         self._scored_sources: tuple[list[Any], torch.Tensor] | None = None
         self._sources_without_steps: set[str] = set()
-
-    def _prepare_reference(self) -> CachedReference | None:
-        """Make sure that the reference is right, and moves if it is to; the exact KL caches its hidden states."""
-        moves = self.args.sync_ref_model
-        if moves and self.is_fsdp_enabled and cast(Any, self.accelerator.state.fsdp_plugin).fsdp_version == 1:
-            raise ValueError("sync_ref_model does not know the flat parameters of FSDP1. Use fsdp_version: 2.")
-        if self.beta != 0.0 and isinstance(self.model, PeftModel):
-            prepare_adapter_reference(self.model, moves)
-        cached = None
-        if self.args.kl_estimator == "exact":
-            cached = CachedReference(
-                cast(nn.Module, self.model),
-                self.ref_model,
-                self.accelerator,
-                logits_memory=self.args.logits_memory_bytes,
-            )
-        if moves and self.ref_model is not None:
-            self.add_callback(SyncRefModelCallback(cast(nn.Module, self.ref_model), self.accelerator))
-        if moves:
-            self.add_callback(OnSync(self._on_sync))
-        return cached
-
-    def _on_sync(self) -> None:
-        """Move the reference, unless TRL's callback has done so, and drop the hidden states of the old one."""
-        if self.ref_model is None:
-            move_adapter_reference(self._unwrapped(self.model), self.args.ref_model_mixup_alpha)
-        for batch in self._buffered_inputs or []:
-            batch.pop("ref_hidden_states", None)
-
-    def _unwrapped(self, model: Any) -> Any:
-        return self.accelerator.unwrap_model(model)
-
-    def _reference_parameters(self) -> dict[str, torch.Tensor]:
-        model = self._unwrapped(self.model)
-        if self.beta != 0.0 and isinstance(model, PeftModel):
-            return adapter_reference(model)
-        return dict(self._unwrapped(self.ref_model).named_parameters()) if self.args.sync_ref_model else {}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts
@@ -357,10 +301,6 @@ class GRPOExtTrainer(CheckpointedTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        if self._reference is not None:
-            output["ref_hidden_states"] = self._reference.take()
-            # The reference ran without its head, so these are NaN
-            del output["ref_per_token_logps"]
         mask_BT = loss_mask(output)
         batch = self._scored_batch(mask_BT)
         self._scored_sources = None
@@ -382,181 +322,6 @@ class GRPOExtTrainer(CheckpointedTrainer):
         logged.extend(means)
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
         self._record({"advantages/positive_share": positive / max(counted, 1.0)})
-
-    @property
-    def _mode(self) -> str:
-        """Where TRL's metrics of this moment go."""
-        assert self.model is not None
-        return "train" if self.model.training else "eval"
-
-    def _record(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics[self._mode][name].append(value)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the share of tokens that took the exact KL's second pass since the last log."""
-        super().log(logs, start_time)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # KL and loss
-
-    def per_token_kl(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """
-        KL of the policy to the reference at each completion token, as the loss reduces it.
-
-        A subclass may override it, for `kl_estimator="k3"` too:
-
-        ```python
-        >>> class BoundedKL(GRPOExtTrainer):
-        ...     def per_token_kl(self, output, inputs):
-        ...         return super().per_token_kl(output, inputs).clamp(max=10.0)
-        ```
-
-        Args:
-            output (`FusedCausalLMOutput`):
-                Of the policy's forward pass, with `log_probs`; with the exact KL also `kl` and `ref_log_probs`.
-            inputs (`dict[str, Any]`):
-                The micro-batch as it was scored.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, nats, differentiable. Values outside the loss mask are ignored.
-        """
-        estimator = self.args.kl_estimator
-        if estimator == "exact":
-            return output.kl
-        logp_BT = completion_logps(output, inputs)
-        kl_BT = kl_estimate(logp_BT, inputs["ref_per_token_logps"], estimator)
-        if not self.args.use_bias_correction_kl:
-            return kl_BT
-        old_logp_BT = inputs.get("old_per_token_logps", logp_BT.detach())
-        ratio = importance_ratio(logp_BT, old_logp_BT, loss_mask(inputs), self.importance_sampling_level)
-        return weight_by_ratio(kl_BT, ratio, estimator)
-
-    @property
-    def _keeps_trl_kl(self) -> bool:
-        """Whether the KL term of the loss, if any, is TRL's own."""
-        return self.args.uses_trl_kl and type(self).per_token_kl is GRPOExtTrainer.per_token_kl
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
-            model = self._reference.recorded(model, logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
-
-    def _compute_loss(self, model, inputs):
-        inputs = dict(inputs)
-        outputs: list[Any] = []
-
-        def on_output(output: Any) -> None:
-            outputs.append(output)
-            if self._sequence_token:
-                self._set_sequence_ratio(output, inputs)
-
-        extra = {}
-        if self._reference is not None:
-            extra["expected_loss"] = self._predicted_gradient(inputs)
-            if "ref_hidden_states" in inputs:
-                extra["ref_hidden_states"] = inputs.pop("ref_hidden_states")
-            else:
-                model = self._reference.rerunning(model, inputs["completion_ids"].size(1))
-        # With `beta` at 0, TRL's loss has neither its KL term nor its KL metric
-        with swapped(self, beta=self.beta if self._keeps_trl_kl else 0.0):
-            loss = super()._compute_loss(ModelCall(model, on_output, **extra), inputs)
-        return self._add_kl(loss, outputs[0], inputs)
-
-    def _set_sequence_ratio(self, output: Any, inputs: dict[str, Any]) -> None:
-        # Without old log-probs every ratio is 1
-        if "old_per_token_logps" in inputs:
-            inputs["old_per_token_logps"] = sequence_token_old_logps(
-                completion_logps(output, inputs), inputs["old_per_token_logps"], loss_mask(inputs)
-            )
-
-    def _add_kl(self, loss: torch.Tensor, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Add our KL term to TRL's loss, unless that holds its own, and log both parts."""
-        steps = self._accumulation_steps
-        mask_BT = loss_mask(inputs)
-        policy_loss = loss.detach()
-        if self.aux_loss_enabled:
-            policy_loss = policy_loss - self.router_aux_loss_coef * output.aux_loss.detach() / steps
-        if self.beta == 0.0:
-            self._log_loss(policy_loss * steps, None, {}, mask_BT)
-            return loss
-        # TRL's own term is computed once more for the log only
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._keeps_trl_kl):
-            kl_BT = self.per_token_kl(output, inputs)
-            kl_loss = self.beta * reduce_tokens(kl_BT, mask_BT, self._kl_reduction, **self._reduction_options(inputs))
-        if self._keeps_trl_kl:
-            self._log_loss((policy_loss - kl_loss) * steps, kl_loss * steps, {}, mask_BT)
-            return loss
-        kls = {"kl": kl_BT, **self._sampled_estimates(output, inputs)}
-        self._log_loss(policy_loss * steps, kl_loss.detach() * steps, kls, mask_BT)
-        return loss + kl_loss
-
-    def _sampled_estimates(self, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Beside an exact KL, for the log: the estimates from the same tokens."""
-        if self.args.kl_estimator != "exact":
-            return {}
-        logp_BT = completion_logps(output, inputs).detach()
-        return {f"kl/{name}": kl_estimate(logp_BT, output.ref_log_probs, name) for name in ("k1", "k3")}
-
-    def _predicted_gradient(self, inputs: dict[str, Any]) -> ClippedLossGradient | None:
-        """The gradient of the loss that is known before the loss; `None` where it depends on more than one token."""
-        old_logp_BT = inputs.get("old_per_token_logps")
-        clips = self.loss_type in CLIPPED_LOSSES and self.args.importance_sampling_level == "token"
-        # At a ratio of 1 the gradient of all loss types is the same
-        if old_logp_BT is not None and not clips:
-            return None
-        mask_BT = loss_mask(inputs)
-        options = self._reduction_options(inputs)
-        advantages = inputs["advantages"] if inputs["advantages"].ndim == 2 else inputs["advantages"].unsqueeze(1)
-        policy_weights_BT = token_weights(mask_BT, self.loss_type, **options)
-        return ClippedLossGradient(
-            policy_weights_BT * advantages * inputs.get("importance_sampling_ratio", 1.0),
-            self.beta * token_weights(mask_BT, self._kl_reduction, **options),
-            old_logp_BT,
-            self.epsilon_low,
-            self.epsilon_high,
-        )
-
-    @property
-    def _accumulation_steps(self) -> float:
-        return self.current_gradient_accumulation_steps if self._mode == "train" else 1
-
-    @property
-    def _kl_reduction(self) -> str:
-        return self.loss_type if self.args.kl_reduction == "loss_type" else self.args.kl_reduction
-
-    def _reduction_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        steps = self._accumulation_steps
-        return {
-            "max_completion_length": cast(int, self.max_completion_length),
-            "window_tokens": window_tokens(
-                inputs["num_items_in_batch"],
-                self.accelerator.num_processes,
-                steps,
-                cast(int, self.args.steps_per_generation) if self._mode == "train" else 1,
-            ),
-            "accumulation_steps": steps,
-        }
-
-    def _log_loss(
-        self,
-        policy_loss: torch.Tensor,
-        kl_loss: torch.Tensor | None,
-        kls: dict[str, torch.Tensor],
-        mask_BT: torch.Tensor,
-    ) -> None:
-        """Log the loss's parts as means over processes and the KLs as means over loss tokens, in one reduction."""
-        parts = {} if kl_loss is None else {"kl_loss": kl_loss}
-        if not self._entropy_bonus_enabled:
-            # With an entropy bonus TRL logs its own
-            parts["policy_loss"] = policy_loss
-        sums = [kl_BT.detach().masked_fill(mask_BT == 0, 0.0).sum() for kl_BT in kls.values()]
-        *totals, tokens = total(self.accelerator, torch.stack([*parts.values(), *sums, mask_BT.sum()]))
-        for name, value in zip([*parts, *kls], totals, strict=True):
-            count = self.accelerator.num_processes if name in parts else max(tokens, 1.0)
-            self._record({name: value / count})
 
 
 def _open_sources(reward_funcs: Any, args: GRPOExtConfig) -> list[Any] | None:

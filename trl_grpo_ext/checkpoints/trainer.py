@@ -10,8 +10,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .._swapped import swapped
-from .._trl import GRPOTrainer
 from ..config import GRPOExtConfig
+from ..kl.trainer import KLTrainer
 from .folders import (
     REFERENCE_NAME,
     batch_file,
@@ -35,7 +35,7 @@ _BATCH_SETTINGS = (
 )
 
 
-class CheckpointedTrainer(GRPOTrainer):
+class CheckpointedTrainer(KLTrainer):
     """
     [`~trl.GRPOTrainer`] whose checkpoints say whether they are complete and also hold a reference that has moved.
 
@@ -49,10 +49,6 @@ class CheckpointedTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._resumed_from: Path | None = None
         self.add_callback(_Restore(self))
-
-    def _reference_parameters(self) -> dict[str, torch.Tensor]:
-        """By name, the parameters of the reference that a checkpoint has to hold."""
-        raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """

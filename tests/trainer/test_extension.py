@@ -1,0 +1,145 @@
+"""What a user may add from outside: estimators, divergences, metrics and overrides, without an edit of the package."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from tests.support.training import fixed_completions, loss_and_gradients, make_trainer, moved_policy, scored_batch
+from trl_grpo_ext import DIVERGENCES, ESTIMATORS, Divergence, Estimator, GRPOExtTrainer, StepRewards
+from trl_grpo_ext.loss import loss_mask
+
+
+LENGTHS = [3, 5, 4, 6]
+
+
+def judge(completion_ids, **columns):
+    """Two steps per completion, with values that depend on its tokens."""
+    return [StepRewards([0, len(ids) - 1], [ids[0] / 10, float(len(ids))]) for ids in completion_ids]
+
+
+def trainer_of(trainer_class, model, folder, **config):
+    rows = fixed_completions(LENGTHS)
+    return make_trainer(trainer_class, model, judge, folder, trainer_options={"rollout_func": rows}, **config)
+
+
+def test_the_constructor_takes_what_trls_takes_by_the_same_names_and_defaults():
+    def parameters(trainer_class):
+        signature = inspect.signature(trainer_class.__init__)
+        return {name: parameter.default for name, parameter in signature.parameters.items()}
+
+    assert parameters(GRPOExtTrainer) == parameters(GRPOTrainer)
+    assert list(parameters(GRPOExtTrainer)) == list(parameters(GRPOTrainer))
+
+
+def test_an_estimator_added_to_the_table_is_trained_on(tiny_model, tmp_path, monkeypatch):
+    def twice_the_return(inputs):
+        return 2 * inputs.values_NT
+
+    monkeypatch.setitem(ESTIMATORS, "twice", Estimator(twice_the_return))
+    trainer = trainer_of(
+        GRPOExtTrainer, tiny_model, tmp_path, supervision="process", advantage_estimator="twice", gamma=1.0
+    )
+    batch = scored_batch(trainer, len(LENGTHS))
+    for row, length in enumerate(LENGTHS):
+        first = batch["completion_ids"][row, 0].item() / 10
+        expected = [2 * (first + length)] + [2.0 * length] * (length - 1)
+        torch.testing.assert_close(batch["advantages"][row, :length], torch.tensor(expected))
+
+
+def test_overridden_advantages_are_trained_on_under_both_supervisions(tiny_model, tmp_path):
+    class Rows(GRPOExtTrainer):
+        def compute_advantages(self, batch):
+            rows_N1 = torch.arange(batch.mask_NT.size(0), dtype=torch.float)[:, None]
+            return torch.where(batch.mask_NT, rows_N1, 0.0)
+
+    process = scored_batch(trainer_of(Rows, tiny_model, tmp_path, supervision="process"), len(LENGTHS))
+    assert process["advantages"].tolist() == [[row * (t < n) for t in range(6)] for row, n in enumerate(LENGTHS)]
+    outcome = scored_batch(trainer_of(Rows, tiny_model, tmp_path), len(LENGTHS))
+    assert outcome["advantages"].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k2", "exact"])
+def test_an_overridden_kl_is_the_one_in_loss_gradient_and_log(tiny_model, tmp_path, estimator):
+    class Doubled(GRPOExtTrainer):
+        def per_token_kl(self, output, inputs):
+            return 2 * super().per_token_kl(output, inputs)
+
+    def run(trainer_class, beta):
+        trainer = trainer_of(
+            trainer_class, moved_policy(tiny_model), tmp_path / f"{trainer_class.__name__}{beta}", beta=beta,
+            kl_estimator=estimator,
+        )  # fmt: skip
+        # The reference is the model on the disk
+        trainer.ref_model.load_state_dict(moved_policy(tiny_model, 0.0).state_dict())
+        batch = scored_batch(trainer, len(LENGTHS))
+        return *loss_and_gradients(trainer, batch), trainer._metrics["eval"]["kl"]
+
+    loss, gradients, logged = run(Doubled, 0.1)
+    expected_loss, expected_gradients, single = run(GRPOExtTrainer, 0.2)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert logged[0] == pytest.approx(2 * single[0], rel=1e-5)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_an_overridden_metric_is_logged_and_one_without_a_value_is_not(tiny_model, tmp_path):
+    class Measured(GRPOExtTrainer):
+        def reward_metrics(self, batch):
+            longest = batch.mask_NT.sum(1).max().item()
+            return {**super().reward_metrics(batch), "completions/longest": longest, "nothing": float("nan")}
+
+    trainer = trainer_of(Measured, tiny_model, tmp_path, supervision="process", max_steps=1)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert entry["completions/longest"] == max(LENGTHS)
+    assert entry["rewards/judge/steps"] == 2
+    assert "nothing" not in entry
+
+
+def test_a_divergence_added_to_the_table_is_in_the_loss(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(DIVERGENCES, "again", DIVERGENCES["reverse"])
+    assert isinstance(DIVERGENCES["again"], Divergence)
+
+    def loss_of(direction):
+        trainer = trainer_of(
+            GRPOExtTrainer, moved_policy(tiny_model), tmp_path / direction, beta=1.0, kl_estimator="exact",
+            kl_direction=direction,
+        )  # fmt: skip
+        trainer.ref_model.load_state_dict(moved_policy(tiny_model, 0.0).state_dict())
+        return loss_and_gradients(trainer, scored_batch(trainer, len(LENGTHS)))[0]
+
+    assert loss_of("again") == loss_of("reverse") != loss_of("forward")
+
+
+def test_a_source_that_finds_no_step_says_so_once_by_name(tiny_model, tmp_path, caplog):
+    def judge_lines(completion_ids, **columns):
+        return [StepRewards([], []) for _ in completion_ids]
+
+    rows = fixed_completions(LENGTHS)
+    options = {"rollout_func": rows}
+    trainer = make_trainer(
+        GRPOExtTrainer, tiny_model, [judge, judge_lines], tmp_path, trainer_options=options, supervision="process",
+        max_steps=3,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").propagate = True
+        trainer.train()
+    (message,) = [record.getMessage() for record in caplog.records if "found no step" in record.getMessage()]
+    assert "'judge_lines'" in message and "4 completions" in message
+
+
+def test_the_callers_functions_stay_visible(tiny_model, tmp_path):
+    trainer = trainer_of(GRPOExtTrainer, tiny_model, tmp_path, supervision="process", max_steps=1)
+    trainer.train()
+    assert trainer.reward_funcs == [judge]
+
+
+def test_the_loss_mask_leaves_out_tool_output():
+    mask_BT = torch.tensor([[1, 1, 1, 0]])
+    assert loss_mask({"completion_mask": mask_BT}) is mask_BT
+    assert loss_mask({"completion_mask": mask_BT, "tool_mask": torch.tensor([[1, 0, 1, 1]])}).tolist() == [
+        [1, 0, 1, 0]
+    ]
