@@ -4,7 +4,7 @@ Time and peak memory of log-prob, entropy and exact KL with their gradient, as a
     python recipes/bench/exact_kl.py [--sizes smollm2 512x896x151936 ...] [--heads frozen trained] [--csv FILE]
 
 Compared: dense log-softmaxes; TRL's two chunked kernels, one after the other; the fused head, for any loss and for a
-loss whose gradient it is told beforehand; and the floor, the matrix products alone: 3 for a frozen head (LoRA), 4 for
+loss whose gradient is predicted; and the floor, the matrix products alone: 3 for a frozen head (LoRA), 4 for
 a trained one. Times are medians of runs that alternate between the methods in one process, and ratios to the floor of
 the same round. Memory is what a fresh process needs on top of its inputs, without a trained head's own gradient.
 """
@@ -123,11 +123,13 @@ def fused_any(c: Case) -> None:
     c.backward(stats.logp, stats.kl)
 
 
-def fused_foretold(c: Case) -> None:
-    def expected(logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def fused_predicted(c: Case) -> None:
+    def predicted_gradient(logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return c.g_logp[rows], c.g_kl[rows]
 
-    stats = fused_token_stats_for_loss(c.hidden, c.head, c.targets, c.ref_hidden, expected=expected)
+    stats = fused_token_stats_for_loss(
+        c.hidden, c.head, c.targets, c.ref_hidden, predicted_gradient=predicted_gradient
+    )
     c.backward(stats.logp, stats.kl)
 
 
@@ -136,7 +138,7 @@ METHODS: dict[str, Callable[[Case], None]] = {
     "dense": dense,
     "TRL's kernels": trl_kernels,
     "fused, any loss": fused_any,
-    "fused, loss foretold": fused_foretold,
+    "fused, gradient predicted": fused_predicted,
 }
 
 

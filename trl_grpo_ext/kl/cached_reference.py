@@ -1,4 +1,13 @@
-"""The reference policy of the exact KL: run once per generated batch, its last hidden states kept."""
+"""
+The reference policy of the exact KL: run once per generated batch, after which its last hidden states are kept.
+
+The hidden states take this way:
+
+1. TRL runs its reference pass through [`CachedReference.hidden_state_forward`], whose output holds them in place of
+   log-probs. What TRL makes of them is the batch's `ref_per_token_logps`.
+2. [`take_hidden_states`] moves them to the batch's key `ref_hidden_states`, which TRL shuffles and splits as the rest.
+3. [`CachedReference.policy_forward`] hands them to the policy's forward pass, as its keyword `ref_hidden_states`.
+"""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,80 +18,81 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from .._trl import head_settings, use_adapter
-from .model_forward import ModelCall, add_exact_kl, leaf_head
+from .fused.predicted_gradient import SecondPassCount
+from .model_forward import ExactKLHead, active_lm_head, add_exact_kl
 from .reference import REFERENCE_ADAPTER
-
-
-def base_language_model(model: nn.Module) -> PreTrainedModel:
-    """The causal language model under PEFT, on which TRL patches `forward`."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
-def _checked_head(model: PreTrainedModel) -> nn.Linear:
-    head = leaf_head(model)
-    if head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"kl_estimator='exact' multiplies by the weight of the LM head, which is quantised to {head.weight.dtype} "
-            f"({type(head).__name__}). Leave the head as it is, for instance with "
-            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']), or use 'k3'."
-        )
-    return head
-
-
-class OnSync(TrainerCallback):
-    """Does `action` whenever TRL's callback moves a separate reference: every `ref_model_sync_steps` steps."""
-
-    def __init__(self, action: Callable[[], None]):
-        self.action = action
-
-    def on_step_end(self, args: Any, state, control, **kwargs):
-        if state.global_step % args.ref_model_sync_steps == 0:
-            self.action()
 
 
 class CachedReference:
     """
-    Catches TRL's own reference pass, so that image inputs and adapters stay TRL's business, and keeps its states.
+    The reference of the exact KL, and the forwards of policy and reference that the KL needs.
+
+    It runs inside TRL's own reference pass, so that image inputs and adapters stay TRL's business.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy.
         ref_model (`nn.Module` or `None`):
-            TRL's separate reference model, as prepared by accelerate; `None` with PEFT, where it is the policy without
-            its adapter or with the frozen adapter `"ref"`.
+            TRL's separate reference model, as prepared by accelerate. `None` with PEFT, where the reference is the
+            policy without its adapter or with the frozen adapter `"ref"`.
         accelerator (`Accelerator`):
             To unwrap the models.
-        logits_memory (`int`):
-            Bytes for tiles of logits.
+        logits_memory_bytes (`int`):
+            Bytes that logits may take at one moment.
+        direction (`str`):
+            A key of [`~trl_grpo_ext.kl.divergences.DIVERGENCES`].
+
+    Attributes:
+        second_pass ([`~trl_grpo_ext.kl.fused.predicted_gradient.SecondPassCount`]):
+            How many tokens went through the LM head a second time.
+
+    Raises:
+        ValueError: the adapter changes the sequence, or the LM head is quantised.
     """
 
-    def __init__(self, model: nn.Module, ref_model: Any, accelerator: Accelerator, logits_memory: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: Any,
+        accelerator: Accelerator,
+        *,
+        logits_memory_bytes: int,
+        direction: str,
+    ):
         self.policy = model
         self.ref_model = ref_model
+        self.second_pass = SecondPassCount()
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "kl_estimator='exact' needs an adapter inside the layers (LoRA and its kind): prompt learning changes "
                 "the sequence that the reference would have to see. Use 'k3', or another PEFT method."
             )
-        policy = base_language_model(model)
-        settings, own = head_settings(policy.forward), _checked_head(policy)
-        with self._model() as active:
-            reference = base_language_model(cast(nn.Module, accelerator.unwrap_model(active)))
-            other = _checked_head(reference)
-        if ref_model is None and own.weight.dtype != other.weight.dtype:
+        policy = _causal_language_model(model)
+        policy_head = _checked_lm_head(policy)
+        with self._active_model() as active_model:
+            reference = _causal_language_model(cast(nn.Module, accelerator.unwrap_model(active_model)))
+            reference_head = _checked_lm_head(reference)
+        if ref_model is None and policy_head.weight.dtype != reference_head.weight.dtype:
             raise ValueError(
-                f"The trained LM head is {own.weight.dtype} and the reference's {other.weight.dtype}: on a quantised "
-                "model TRL trains in bfloat16. Load the model with dtype='bfloat16', or leave the head out of "
-                "modules_to_save."
+                f"The trained LM head is {policy_head.weight.dtype} and the reference's {reference_head.weight.dtype}: "
+                "on a quantised model TRL trains in bfloat16. Load the model with dtype='bfloat16', or leave the head "
+                "out of modules_to_save."
             )
-        head = weakref.ref(other)
-        add_exact_kl(policy, settings, head, logits_memory)
+        kl_head = ExactKLHead(
+            # Before the first patch of `forward`, which hides TRL's
+            head_settings(policy.forward),
+            # Weak, since the patched policy outlives the trainer
+            weakref.ref(reference_head),
+            logits_memory_bytes,
+            direction,
+            self.second_pass,
+        )
+        add_exact_kl(policy, kl_head)
         if ref_model is not None:
-            add_exact_kl(reference, settings, head, logits_memory)
-        self._hidden_states: list[torch.Tensor] = []
+            add_exact_kl(reference, kl_head)
 
     def is_reference(self, model: nn.Module) -> bool:
         """Whether a forward of `model` now is the reference's, which with PEFT depends on the active adapter."""
@@ -91,25 +101,57 @@ class CachedReference:
         status = cast(PeftModel, self.policy).get_model_status()
         return status.enabled is False or status.active_adapters == [REFERENCE_ADAPTER]
 
-    def recorded(self, model: nn.Module, num_tokens: int) -> ModelCall:
-        """`model` to call for a reference pass, in as many slices as TRL likes, over the last `num_tokens` tokens."""
-        self._hidden_states = []
+    def hidden_state_forward(self, model: nn.Module, num_tokens: int) -> Callable[..., Any]:
+        """
+        The reference's forward, whose output holds hidden states in place of log-probs.
 
-        def keep(output: Any) -> None:
-            # A copy, so that the prompt's hidden states can be freed
-            self._hidden_states.append(output.hidden_states[:, -num_tokens:].clone())
+        TRL cuts the completion's positions out of `log_probs`, concatenates its batches, and returns the result,
+        whatever its last dimension: `(B, T, H)` instead of `(B, T)`.
 
-        return ModelCall(model, keep, keep_hidden_states=True)
+        Args:
+            model (`nn.Module`):
+                The reference.
+            num_tokens (`int`):
+                T, the width of the completions.
+        """
 
-    def take(self) -> torch.Tensor:
-        """Hidden states `(B, T, H)` of the batch just generated, handed over once."""
-        slices, self._hidden_states = self._hidden_states, []
-        if not slices:
-            raise RuntimeError("TRL generated a batch without a pass of the reference; the exact KL needs one.")
-        return torch.cat(slices)
+        def forward(**kwargs: Any) -> Any:
+            output = model(**kwargs, return_hidden_states=True)
+            # A copy, so that the prompts' hidden states can be freed
+            output.log_probs = output.log_probs[:, -num_tokens:].clone()
+            return output
+
+        return forward
+
+    def policy_forward(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Callable[..., Any]:
+        """
+        The policy's forward, with the KL to the reference in its output.
+
+        Args:
+            model (`nn.Module`):
+                The policy.
+            inputs (`dict[str, Any]`):
+                A micro-batch. Its `ref_hidden_states` are taken out. Without them, because the reference has moved
+                since the batch was scored, the reference is run again.
+            **options:
+                Further keyword arguments of the model's forward, see [`add_exact_kl`].
+        """
+        cached_BTH = inputs.pop("ref_hidden_states", None)
+        num_tokens = inputs["completion_ids"].size(1)
+
+        def forward(**kwargs: Any) -> Any:
+            ref_hidden_BTH = self._hidden_states(num_tokens, **kwargs) if cached_BTH is None else cached_BTH
+            return model(**kwargs, **options, ref_hidden_states=ref_hidden_BTH)
+
+        return forward
+
+    @torch.no_grad()
+    def _hidden_states(self, num_tokens: int, **kwargs: Any) -> torch.Tensor:
+        with self._active_model() as reference:
+            return self.hidden_state_forward(reference, num_tokens)(**kwargs).log_probs
 
     @contextmanager
-    def _model(self) -> Iterator[nn.Module]:
+    def _active_model(self) -> Iterator[nn.Module]:
         """The reference, to be called inside the context."""
         if self.ref_model is not None:
             yield self.ref_model
@@ -118,12 +160,32 @@ class CachedReference:
         with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield policy
 
-    def rerunning(self, model: nn.Module, num_tokens: int) -> Callable[..., Any]:
-        """`model` to call where the kept states are of a reference that has moved: it runs the reference again."""
 
-        def call(**kwargs: Any) -> Any:
-            with torch.no_grad(), self._model() as reference:
-                hidden_states = reference(**kwargs, keep_hidden_states=True).hidden_states
-            return model(**kwargs, ref_hidden_states=hidden_states[:, -num_tokens:])
+def take_hidden_states(batch: dict[str, Any]) -> torch.Tensor:
+    """
+    Take the reference's hidden states `(B, T, H)` out of a batch that TRL has just scored.
 
-        return call
+    Raises:
+        RuntimeError: TRL made no reference pass, or one that did not go through
+            [`CachedReference.hidden_state_forward`].
+    """
+    hidden_BTH = batch.pop("ref_per_token_logps", None)
+    if hidden_BTH is None or hidden_BTH.dim() != 3:
+        raise RuntimeError("TRL generated a batch without a pass of the reference; the exact KL needs one.")
+    return hidden_BTH
+
+
+def _causal_language_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model under PEFT, on which TRL patches `forward`."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _checked_lm_head(model: PreTrainedModel) -> nn.Linear:
+    head = active_lm_head(model)
+    if head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"kl_estimator='exact' multiplies by the weight of the LM head, which is quantised to {head.weight.dtype} "
+            f"({type(head).__name__}). Leave the head as it is, for instance with "
+            "BitsAndBytesConfig(llm_int8_skip_modules=['lm_head']), or use 'k3'."
+        )
+    return head

@@ -1,14 +1,17 @@
 """
 The model forward that returns the exact KL beside TRL's log-probs and entropy.
 
-TRL asks the wrapped model for log-probs, `model(..., labels=..., fused_lm_head=True)`. The exact KL is computed in
-that same call, from the same backbone pass, so that DDP, FSDP and DeepSpeed see one forward and one backward.
+TRL asks the wrapped model for log-probs:
+
+    model(..., labels=labels, fused_lm_head=True)
+
+The exact KL is computed in that same call, from the same backbone pass. DDP, FSDP and DeepSpeed then see one forward
+and one backward.
 """
 
 import functools
 import types
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -21,7 +24,8 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._trl import FusedCausalLMOutput, HeadSettings, maybe_gather_lm_head_ctx
-from ..loss import ExpectedLoss
+from ..loss import ClippedLossGradient
+from .fused.predicted_gradient import SecondPassCount
 from .fused.token_stats import fused_token_stats_for_loss
 
 
@@ -32,83 +36,100 @@ class ExactKLOutput(FusedCausalLMOutput):
 
     Args:
         kl (`torch.Tensor` of shape `(B, T)`):
-            KL of the policy to the reference over the vocabulary, in nats.
+            Divergence of policy and reference over the vocabulary, in nats.
         ref_log_probs (`torch.Tensor` of shape `(B, T)`):
             Reference log-prob of each token, without gradient.
-        hidden_states (`torch.Tensor` of shape `(B, L - 1, H)`):
-            Last hidden states of the positions that predict a token; only of a pass that keeps them, whose
-            `log_probs` are NaN since no head was run.
     """
 
     kl: torch.Tensor | None = None
     ref_log_probs: torch.Tensor | None = None
-    hidden_states: torch.Tensor | None = None
 
 
-def add_exact_kl(
-    model: PreTrainedModel, settings: HeadSettings, reference_head: weakref.ref[nn.Linear], memory: int
-) -> None:
+class ExactKLHead(NamedTuple):
+    """
+    What turns the hidden states of policy and reference into the exact KL.
+
+    Args:
+        settings (`HeadSettings`):
+            How hidden states become logits, as TRL resolved it.
+        reference_head (`weakref.ref` of `nn.Linear`):
+            The reference's LM head.
+        logits_memory_bytes (`int`):
+            Bytes that logits may take at one moment.
+        direction (`str`):
+            A key of [`~trl_grpo_ext.kl.divergences.DIVERGENCES`].
+        second_pass ([`~trl_grpo_ext.kl.fused.predicted_gradient.SecondPassCount`]):
+            Counts the tokens that go through the policy's head a second time.
+    """
+
+    settings: HeadSettings
+    reference_head: weakref.ref[nn.Linear]
+    logits_memory_bytes: int
+    direction: str
+    second_pass: SecondPassCount
+
+
+def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
     """
     Let `model`, which TRL gave a fused head, take part in the exact KL.
 
-    `model(..., labels=..., keep_hidden_states=True)` is a pass of the reference and runs the backbone only.
-    `model(..., labels=..., ref_hidden_states=..., expected_loss=...)` is a pass of the policy and returns
-    [`ExactKLOutput`]. Any other call is the model's own.
+    Two calls of the model are new; any other call is passed on to the model's own forward.
+
+    - `model(..., labels=..., return_hidden_states=True)` is a pass of the reference. It runs the backbone only, and
+      its output has the last hidden states `(B, L - 1, H)` of the positions that predict a token in place of the
+      log-probs.
+    - `model(..., labels=..., ref_hidden_states=..., predicted_gradient=...)` is a pass of the policy and returns
+      [`ExactKLOutput`]. `ref_hidden_states` `(B, T, H)` are the reference's, of the last T tokens.
+      `predicted_gradient` is a [`~trl_grpo_ext.loss.ClippedLossGradient`] or `None`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal language model under any PEFT, DDP, FSDP or DeepSpeed wrapper.
-        settings (`HeadSettings`):
-            How hidden states become logits, as TRL resolved it.
-        reference_head (`weakref.ref` of `nn.Linear`):
-            The reference's LM head; weak, since the model outlives the trainer.
-        memory (`int`):
-            Bytes for tiles of logits.
+        kl_head ([`ExactKLHead`]):
+            The reference's head and the settings.
     """
     forward = model.forward
 
     # Keeps the signature, against which `generate` checks its arguments
     @functools.wraps(type(model).forward)
-    def exact_kl_forward(self, *args, keep_hidden_states=False, ref_hidden_states=None, expected_loss=None, **kwargs):
-        if not keep_hidden_states and ref_hidden_states is None:
+    def exact_kl_forward(
+        self, *args, return_hidden_states=False, ref_hidden_states=None, predicted_gradient=None, **kwargs
+    ):
+        if not return_hidden_states and ref_hidden_states is None:
             return forward(*args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         kwargs.pop("fused_lm_head")
         outputs = self.base_model(*args, use_cache=False, **kwargs)
         hidden_states = outputs.last_hidden_state[:, :-1]
-        if keep_hidden_states:
-            return ExactKLOutput(
-                log_probs=hidden_states.new_full(labels.shape, torch.nan), hidden_states=hidden_states
-            )
-        ref_BTH = cast(torch.Tensor, ref_hidden_states)
-        tokens = slice(-ref_BTH.size(1), None)
-        output = _token_stats(
-            hidden_states[:, tokens],
-            leaf_head(self),
-            labels[:, tokens],
-            ref_BTH,
-            cast(nn.Linear, reference_head()),
-            settings,
-            memory,
-            expected_loss,
+        if return_hidden_states:
+            return ExactKLOutput(log_probs=hidden_states)
+        ref_hidden_BTH = cast(torch.Tensor, ref_hidden_states)
+        completion = slice(-ref_hidden_BTH.size(1), None)
+        output = _exact_kl_output(
+            hidden_states[:, completion],
+            active_lm_head(self),
+            labels[:, completion],
+            ref_hidden_BTH,
+            kl_head,
+            predicted_gradient,
         )
         if kwargs.get("output_router_logits"):
-            text_config = self.config.get_text_config()
-            output.aux_loss = cast(
-                torch.Tensor,
-                load_balancing_loss_func(
-                    outputs.router_logits,
-                    text_config.num_experts,
-                    text_config.num_experts_per_tok,
-                    kwargs.get("attention_mask"),
-                ),
-            )
+            output.aux_loss = _router_loss(self, outputs, kwargs.get("attention_mask"))
         return output
 
     model.forward = types.MethodType(exact_kl_forward, model)
 
 
-def leaf_head(model: PreTrainedModel) -> nn.Linear:
+def _router_loss(model: PreTrainedModel, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """A mixture of experts' load-balancing loss, which the model's own forward would have added."""
+    text_config = model.config.get_text_config()
+    loss = load_balancing_loss_func(
+        outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+    )
+    return cast(torch.Tensor, loss)
+
+
+def active_lm_head(model: PreTrainedModel) -> nn.Linear:
     """The LM head that is active now: PEFT keeps a trained copy beside the original one in `modules_to_save`."""
     head = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
@@ -116,7 +137,7 @@ def leaf_head(model: PreTrainedModel) -> nn.Linear:
     return cast(nn.Linear, head)
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
+def _full_tensor(parameter: torch.Tensor) -> torch.Tensor:
     # A module that FSDP2 wraps by itself, as it is done with trained modules under PEFT, keeps its parameters sharded
     # outside its own forward. Each process then has the gradient of its own tokens, and nothing else averages them
     if not isinstance(parameter, DTensor):
@@ -124,74 +145,59 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-class _Head(NamedTuple):
-    """Weight and bias of an LM head, whole."""
+class _HeadParameters(NamedTuple):
+    """Weight and bias of an LM head, as full tensors."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     @classmethod
-    def of(cls, module: nn.Linear) -> "_Head":
-        return cls(_whole(module.weight), None if module.bias is None else _whole(module.bias))
+    def of(cls, module: nn.Linear) -> "_HeadParameters":
+        return cls(_full_tensor(module.weight), None if module.bias is None else _full_tensor(module.bias))
 
 
-def _token_stats(
+def _exact_kl_output(
     hidden_BTH: torch.Tensor,
-    head: nn.Linear,
+    policy_head: nn.Linear,
     labels_BT: torch.Tensor,
     ref_hidden_BTH: torch.Tensor,
-    ref_head: nn.Linear,
-    settings: HeadSettings,
-    memory: int,
-    expected_loss: ExpectedLoss | None,
+    kl_head: ExactKLHead,
+    predicted_gradient: ClippedLossGradient | None,
 ) -> ExactKLOutput:
     """Run the fused head on the labelled tokens only, and put its statistics back in place."""
-    own = _Head.of(head)
-    other = None if ref_head is head else _Head.of(ref_head)
+    settings = kl_head.settings
+    policy = _HeadParameters.of(policy_head)
+    reference_head = cast(nn.Linear, kl_head.reference_head())
+    reference = None if reference_head is policy_head else _HeadParameters.of(reference_head)
     # With a model split over devices, the head can live on another one than the backbone's end
-    device = own.weight.device
+    device = policy.weight.device
     labels_BT = labels_BT.to(device)
     mask_BT = labels_BT != -100
-    hidden_NH, ref_hidden_NH = hidden_BTH.to(device)[mask_BT], ref_hidden_BTH.to(device)[mask_BT]
-    context: Any = nullcontext()
+    hidden_MH = hidden_BTH.to(device)[mask_BT]
+    ref_hidden_MH = ref_hidden_BTH.to(device)[mask_BT]
+    autocast: Any = nullcontext()
     if settings.cast_to_fp32:
-        hidden_NH, ref_hidden_NH = hidden_NH.float(), ref_hidden_NH.float()
-        context = torch.autocast(device.type, enabled=False)
-    heads = [own.weight, own.bias] + ([] if other is None else [other.weight, other.bias])
-    with context, maybe_gather_lm_head_ctx(*heads):
+        hidden_MH = hidden_MH.float()
+        ref_hidden_MH = ref_hidden_MH.float()
+        autocast = torch.autocast(device.type, enabled=False)
+    parameters = [*policy] if reference is None else [*policy, *reference]
+    with autocast, maybe_gather_lm_head_ctx(*parameters):
         stats = fused_token_stats_for_loss(
-            hidden_NH,
-            own.weight,
+            hidden_MH,
+            policy.weight,
             labels_BT[mask_BT],
-            ref_hidden_NH,
-            None if other is None else other.weight.to(device),
-            bias=own.bias,
-            ref_bias=None if other is None else other.bias,
+            ref_hidden_MH,
+            None if reference is None else reference.weight.to(device),
+            bias=policy.bias,
+            ref_bias=None if reference is None else reference.bias,
             temperature=settings.temperature,
             logit_scale=settings.logit_scale,
             softcap=settings.softcap,
-            logits_memory=memory,
-            expected=None if expected_loss is None else expected_loss.at(mask_BT),
-            gathered=maybe_gather_lm_head_ctx,
+            direction=kl_head.direction,
+            logits_memory_bytes=kl_head.logits_memory_bytes,
+            predicted_gradient=None if predicted_gradient is None else predicted_gradient.at(mask_BT),
+            second_pass=kl_head.second_pass,
+            gather_head=maybe_gather_lm_head_ctx,
         )
     logp, entropy, kl, ref_logp = (x.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x) for x in stats)
     return ExactKLOutput(log_probs=logp, entropy=entropy, label_mask=mask_BT, kl=kl, ref_log_probs=ref_logp)
-
-
-class ModelCall:
-    """
-    A model as TRL calls it, with keyword arguments added to each call and each output shown to `on_output`.
-
-    TRL's loss and its reference pass take a `model` argument and do nothing with it but call it, so this is how more
-    goes in and comes out without touching their bodies.
-    """
-
-    def __init__(self, model: Callable[..., Any], on_output: Callable[[Any], None], **extra: Any):
-        self.model = model
-        self.on_output = on_output
-        self.extra = extra
-
-    def __call__(self, **kwargs: Any) -> Any:
-        output = self.model(**kwargs, **self.extra)
-        self.on_output(output)
-        return output

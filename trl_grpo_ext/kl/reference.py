@@ -1,10 +1,13 @@
 """The KL's reference under PEFT: the model without its adapter, or with a frozen one named `"ref"`, which can move."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
 from torch import nn
+from transformers import TrainerCallback
 
 from .._trl import SyncRefModelCallback
 
@@ -83,3 +86,20 @@ def _pairs(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         if reference_name != name:
             pairs[reference_name] = (parameters[reference_name], policy)
     return pairs
+
+
+class OnSync(TrainerCallback):
+    """
+    Call `action` whenever TRL's callback moves a separate reference: every `ref_model_sync_steps` optimizer steps.
+
+    Args:
+        action (`Callable[[], None]`):
+            What to do. Callbacks run in the order in which they were added.
+    """
+
+    def __init__(self, action: Callable[[], None]):
+        self.action = action
+
+    def on_step_end(self, args: Any, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.action()

@@ -22,10 +22,9 @@ from ..loss import (
     token_weights,
     window_tokens,
 )
-from .cached_reference import CachedReference, OnSync
+from .cached_reference import CachedReference, take_hidden_states
 from .estimates import kl_estimate, weight_by_ratio
-from .model_forward import ModelCall
-from .reference import adapter_reference, move_adapter_reference, prepare_adapter_reference
+from .reference import OnSync, adapter_reference, move_adapter_reference, prepare_adapter_reference
 
 
 class KLTrainer(GRPOTrainer):
@@ -64,7 +63,8 @@ class KLTrainer(GRPOTrainer):
                 cast(nn.Module, self.model),
                 self.ref_model,
                 self.accelerator,
-                logits_memory=self.args.logits_memory_bytes,
+                logits_memory_bytes=self.args.logits_memory_bytes,
+                direction=self.args.kl_direction,
             )
         if moves and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(cast(nn.Module, self.ref_model), self.accelerator))
@@ -128,7 +128,7 @@ class KLTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
-            model = self._reference.recorded(model, logits_to_keep)
+            model = self._reference.hidden_state_forward(model, logits_to_keep)
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
@@ -136,30 +136,28 @@ class KLTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self._reference is not None:
-            output["ref_hidden_states"] = self._reference.take()
-            # The reference ran without its head, so these are NaN
-            del output["ref_per_token_logps"]
+            output["ref_hidden_states"] = take_hidden_states(output)
         return output
 
     def _compute_loss(self, model, inputs):
         inputs = dict(inputs)
         outputs: list[Any] = []
+        policy_forward = model
+        if self._reference is not None:
+            predicted_gradient = self._predicted_gradient(inputs)
+            policy_forward = self._reference.policy_forward(model, inputs, predicted_gradient=predicted_gradient)
 
-        def on_output(output: Any) -> None:
+        # TRL's loss does nothing with its `model` but call it
+        def observed_forward(**kwargs: Any) -> Any:
+            output = policy_forward(**kwargs)
             outputs.append(output)
             if self._sequence_token:
                 self._set_sequence_ratio(output, inputs)
+            return output
 
-        extra = {}
-        if self._reference is not None:
-            extra["expected_loss"] = self._predicted_gradient(inputs)
-            if "ref_hidden_states" in inputs:
-                extra["ref_hidden_states"] = inputs.pop("ref_hidden_states")
-            else:
-                model = self._reference.rerunning(model, inputs["completion_ids"].size(1))
         # With `beta` at 0, TRL's loss has neither its KL term nor its KL metric
         with swapped(self, beta=self.beta if self._keeps_trl_kl else 0.0):
-            loss = super()._compute_loss(ModelCall(model, on_output, **extra), inputs)
+            loss = super()._compute_loss(observed_forward, inputs)
         return self._add_kl(loss, outputs[0], inputs)
 
     def _set_sequence_ratio(self, output: Any, inputs: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_tokens_whose_gradient_is_another_are_made_good(tiny_model, tmp_path, se
     foretold = train(tiny_model, tmp_path, **config)
     assert max(second_passes) > 0
     # Without anything foretold, the head keeps what any loss needs, or goes a second time over every token
-    monkeypatch.setattr(GRPOExtTrainer, "_expected_loss", lambda self, inputs: None)
+    monkeypatch.setattr(GRPOExtTrainer, "_predicted_gradient", lambda self, inputs: None)
     expected = train(tiny_model, tmp_path, **config)
     for name in ("loss", "grad_norm", "kl"):
         values = [[entry[name] for entry in t.state.log_history if name in entry] for t in (foretold, expected)]

@@ -46,7 +46,7 @@ def problem(n, width, vocabulary, *, ref_width=None, bias=True, dtype=torch.floa
 
 
 def fused(p, **options):
-    function = fused_token_stats_for_loss if "expected" in options else fused_token_stats
+    function = fused_token_stats_for_loss if "predicted_gradient" in options else fused_token_stats
     return function(
         p.hidden, p.weight, p.targets, p.ref_hidden, p.ref_weight, bias=p.bias, ref_bias=p.ref_bias, **options
     )
@@ -101,7 +101,7 @@ def test_equals_dense_float64_on_a_vocabulary_of_50000(scaling, ref_width):
     expected, expected_leaves = dense(p, **scaling)
     # Three tokens a chunk: the last chunk is shorter
     leaves = trained(p)
-    actual = fused(p, **scaling, logits_memory=3 * 6 * 50_000 * 4)
+    actual = fused(p, **scaling, logits_memory_bytes=3 * 6 * 50_000 * 4)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=0)
     for x, y in zip(gradients(actual, p, leaves), gradients(expected, p, expected_leaves), strict=True):
@@ -119,7 +119,7 @@ def test_gradcheck(scaling, rows, ref_width):
     def stats(hidden, weight, bias):
         memory = rows * 6 * 7 * 8
         arguments = (hidden, weight, p.targets, p.ref_hidden, ref_weight)
-        return fused_token_stats(*arguments, bias=bias, ref_bias=ref_bias, logits_memory=memory, **scaling)[:3]
+        return fused_token_stats(*arguments, bias=bias, ref_bias=ref_bias, logits_memory_bytes=memory, **scaling)[:3]
 
     assert torch.autograd.gradcheck(stats, trained(p), eps=1e-6, atol=1e-8, rtol=1e-6)
     p.weight.requires_grad_(False), p.bias.requires_grad_(False)
@@ -205,7 +205,7 @@ def test_an_expected_loss_needs_no_product_in_the_backward(scaling, train_head, 
     leaves = trained(p) if train_head else [p.hidden.requires_grad_()]
     expected, expected_leaves = dense(p, **scaling)
     with Projections() as forward:
-        stats = fused(p, **scaling, expected=expecting(p, factor), logits_memory=4 * 9 * 50 * 8)
+        stats = fused(p, **scaling, predicted_gradient=expecting(p, factor), logits_memory_bytes=4 * 9 * 50 * 8)
     chunks = forward.logits // 2
     assert chunks > 1 and forward.gradients == (2 if train_head else 1) * chunks
     with Projections() as backward:
@@ -225,7 +225,7 @@ def test_what_was_not_expected_is_made_good(train_head, case):
     expected = expecting(p, wrong={"two tokens": (1, 5), "all tokens": range(7)}.get(case, ()))
     if case == "nothing expected":
         expected = lambda logp, rows: (torch.zeros_like(logp),) * 2  # noqa: E731
-    stats = fused(p, expected=expected, logits_memory=3 * 9 * 50 * 8)
+    stats = fused(p, predicted_gradient=expected, logits_memory_bytes=3 * 9 * 50 * 8)
     if case == "no kl":
         p.mix[2] = 0
     if case == "entropy":
@@ -242,7 +242,7 @@ def test_what_was_not_expected_is_made_good(train_head, case):
 def test_a_loss_that_is_not_finite_is_not_hidden_by_what_was_expected(bad, everywhere):
     p = problem(7, 6, 50)
     p.hidden.requires_grad_()
-    stats = fused(p, expected=expecting(p))
+    stats = fused(p, predicted_gradient=expecting(p))
     p.mix[2, slice(None) if everywhere else 3] = bad
     (gradient,) = gradients(stats, p, [p.hidden])
     rows = range(7) if everywhere else [3]
@@ -253,7 +253,9 @@ def test_a_graph_can_be_gone_through_twice():
     p = problem(5, 4, 30)
     for expected in (None, expecting(p)):
         leaves = trained(p)
-        loss = sum((m.float() * x).sum() for m, x in zip(p.mix, fused(p, expected=expected)[:3], strict=True))
+        loss = sum(
+            (m.float() * x).sum() for m, x in zip(p.mix, fused(p, predicted_gradient=expected)[:3], strict=True)
+        )
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         kept = [x.clone() for x in first]
         for x, y, z in zip(first, kept, torch.autograd.grad(loss, leaves), strict=True):
@@ -271,7 +273,9 @@ def test_bf16_is_no_worse_than_the_dense_version(autocast):
     naive, naive_leaves = dense(rounded, torch.bfloat16)
     leaves = trained(p)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours = fused(p, logits_memory=6 * 60 * 4)  # a token a chunk: rounding each of the 256 products would show
+        ours = fused(
+            p, logits_memory_bytes=6 * 60 * 4
+        )  # a token a chunk: rounding each of the 256 products would show
     assert all(x.dtype == torch.float32 for x in ours)
     for a, b, c in zip(ours, naive, truth, strict=True):
         assert root_mean_square(a, c) <= 1.1 * root_mean_square(b, c)
@@ -292,7 +296,7 @@ def test_the_gradient_of_tokens_that_are_all_but_certain_is_no_worse_in_bf16(hea
     assert truth.logp.exp().median() > 0.95
     naive, naive_leaves = dense(rounded, torch.bfloat16)
     leaves = [p.hidden.requires_grad_(), *([p.weight.requires_grad_()] if head == "trained" else [])]
-    ours = fused(p, **({"expected": expecting(p)} if head == "expected" else {}))
+    ours = fused(p, **({"predicted_gradient": expecting(p)} if head == "expected" else {}))
     results = [gradients(x, p, y)[0] for x, y in ((ours, leaves), (naive, naive_leaves), (truth, truth_leaves))]
     assert root_mean_square(results[0], results[2]) <= 1.2 * root_mean_square(results[1], results[2])
 
@@ -305,7 +309,7 @@ def test_small_gradients_survive_fp16_when_the_loss_is_scaled(train_head):
     expected, expected_leaves = dense(p)
     leaves = [p.hidden.requires_grad_(), *([p.weight.requires_grad_()] if train_head else [])]
     with torch.autocast("cpu", torch.float16):
-        stats = fused(p, expected=expecting(p))
+        stats = fused(p, predicted_gradient=expecting(p))
     p.mix *= 2**16
     found = gradients(stats, p, leaves)
     for x, y in zip(found, gradients(expected, p, expected_leaves), strict=False):
@@ -321,7 +325,7 @@ def test_what_is_expected_may_be_anything(bad):
     def expected(logp, rows):
         return [g.clone().index_fill_(0, torch.tensor([0]), bad) for g in right(logp, rows)]
 
-    found = gradients(fused(p, expected=expected, logits_memory=3 * 9 * 50 * 4), p, leaves)
+    found = gradients(fused(p, predicted_gradient=expected, logits_memory_bytes=3 * 9 * 50 * 4), p, leaves)
     for x, y in zip(found, gradients(reference, p, expected_leaves), strict=True):
         assert worst(x, y) < 1e-5
 
@@ -333,7 +337,7 @@ def test_a_gradient_that_is_small_beside_the_tokens_other_one_is_compared_by_its
     p.ref_hidden = p.hidden.clone()
     p.mix[0] *= 1e-5
     leaves = trained(p)
-    stats = fused(p, expected=expecting(p))
+    stats = fused(p, predicted_gradient=expecting(p))
     p.mix[0] *= 1 + relative
     truth, truth_leaves = dense(p)
     for x, y in zip(gradients(stats, p, leaves), gradients(truth, p, truth_leaves), strict=True):
@@ -344,7 +348,7 @@ def test_in_evaluation_no_gradient_is_prepared():
     p = problem(8, 6, 5000, bias=False)
     trained(p)
     with torch.no_grad(), Projections() as forward:
-        fused(p, expected=expecting(p))
+        fused(p, predicted_gradient=expecting(p))
     assert forward.gradients == 0 and forward.logits > 0
 
 
@@ -354,7 +358,7 @@ def test_bf16_products_are_summed_over_the_chunks_without_rounding_each():
         setattr(p, name, getattr(p, name).round().clamp(-2, 2))
     leaves = trained(p)
     with torch.autocast("cpu", torch.bfloat16):
-        one_chunk, chunks = fused(p), fused(p, logits_memory=6 * 30 * 4)
+        one_chunk, chunks = fused(p), fused(p, logits_memory_bytes=6 * 30 * 4)
     for x, y in zip(gradients(chunks, p, leaves), gradients(one_chunk, p, leaves), strict=True):
         assert worst(x, y.double()) < 1e-5
 
@@ -446,7 +450,7 @@ def test_equal_policies_have_a_kl_of_exactly_zero(dtype):
     p.hidden.requires_grad_()
     for ref_weight, ref_bias in ((None, None), (p.weight.clone(), p.bias.clone())):
         p.ref_weight, p.ref_bias = ref_weight, ref_bias
-        stats = fused(p, temperature=0.7, logits_memory=4 * 6 * 500 * 4)
+        stats = fused(p, temperature=0.7, logits_memory_bytes=4 * 6 * 500 * 4)
         assert torch.equal(stats.kl, torch.zeros(13))
         assert torch.equal(stats.logp, stats.ref_logp)
         assert torch.equal(torch.autograd.grad(stats.kl.sum(), p.hidden)[0], torch.zeros_like(p.hidden))
@@ -499,7 +503,7 @@ def test_memory_is_bounded_by_logits_memory_whatever_the_number_of_tokens(scalin
         p.hidden.requires_grad_()
         memory = 4 * 6 * 4_000 * 4  # four tokens a chunk
         with LiveMemory() as live:
-            stats = fused(p, **scaling, logits_memory=memory)
+            stats = fused(p, **scaling, logits_memory_bytes=memory)
             after_forward = sum(live.sizes.values())
             gradients(stats, p, [p.hidden])
         assert after_forward <= 100 * n + 1_000  # some figures per token, nothing V-wide
@@ -515,7 +519,7 @@ def test_results_do_not_depend_on_the_chunks():
     whole = fused(p)
     whole_gradients = gradients(whole, p, leaves)
     for rows in (1, 3, 10, 11):
-        stats = fused(p, logits_memory=rows * 6 * 50 * 8)
+        stats = fused(p, logits_memory_bytes=rows * 6 * 50 * 8)
         for x, y in zip((*stats, *gradients(stats, p, leaves)), (*whole, *whole_gradients), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
@@ -562,7 +566,7 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
         fused(p)
 
 
-@pytest.mark.parametrize("option", [{"temperature": 0.0}, {"softcap": -1.0}, {"logits_memory": 0}])
+@pytest.mark.parametrize("option", [{"temperature": 0.0}, {"softcap": -1.0}, {"logits_memory_bytes": 0}])
 def test_numbers_that_must_be_positive_are_refused(option):
     with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be positive"):
         fused(problem(2, 4, 9), **option)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .predicted_gradient import PredictedGradient, SecondPassCount
+
 
 # Elementwise work goes over blocks of this many bytes: what the cache holds on a CPU, and enough for a kernel on a GPU
 _BLOCK_BYTES = {"cpu": 2**20}
@@ -15,13 +17,8 @@ _BLOCK_TILES = 7
 # Chunk-sized tiles: the two models' logits, which make place for what their gradient is made from
 _CHUNK_TILES = 2
 
-# From log-probabilities `(n,)` and the slice of the N tokens that they are of to the gradients of the loss with
-# respect to those tokens' `logp` and `kl`, up to one factor for all tokens
-ExpectedGradients = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
-
-
 # From weight and bias of a head to the context in which they are whole
-Gathered = Callable[..., AbstractContextManager[Any]]
+GatherHead = Callable[..., AbstractContextManager[Any]]
 
 
 class HeadOptions(NamedTuple):
@@ -31,9 +28,10 @@ class HeadOptions(NamedTuple):
     logit_scale: float
     softcap: float | None
     matmul_dtype: torch.dtype
-    logits_memory: int
-    expected: ExpectedGradients | None
-    gathered: Gathered
+    logits_memory_bytes: int
+    predicted_gradient: PredictedGradient | None
+    gather_head: GatherHead
+    second_pass: SecondPassCount
 
     def logits_(self, y: torch.Tensor) -> torch.Tensor:
         if self.softcap is not None:
@@ -80,7 +78,7 @@ class HeadModel(NamedTuple):
     @property
     def _sizes(self) -> tuple[int, int]:
         """Rows of a chunk and of a block."""
-        vocabulary, memory = self.weight.shape[0], self.options.logits_memory
+        vocabulary, memory = self.weight.shape[0], self.options.logits_memory_bytes
         row = vocabulary * self.dtype.itemsize
         cache = _BLOCK_BYTES.get(self.hidden.device.type, _BLOCK_BYTES_ELSEWHERE)
         block = max(1, min(cache, memory // (_BLOCK_TILES + _CHUNK_TILES)) // row)

@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 
-from .chunks import ExpectedGradients, HeadModel, add_product_
+from .chunks import HeadModel, add_product_
+from .predicted_gradient import PredictedGradient
 from .tiles import Rows, Tile, gradient_, recomputed_gradient_, statistics_
 
 
@@ -136,7 +137,7 @@ class KeepBases:
 class KeepExpected:
     """The gradients of the expected loss; the backward applies the factor, and corrects the tokens that differ."""
 
-    def __init__(self, policy: HeadModel, wanted: Sequence[bool], expected: ExpectedGradients):
+    def __init__(self, policy: HeadModel, wanted: Sequence[bool], expected: PredictedGradient):
         self.gradients: Gradients | None = Gradients.zeros(policy, wanted)
         self.expected, self.tolerance = expected, 0.0
         self.loss_N2 = policy.hidden.new_empty(policy.hidden.shape[0], 2, dtype=policy.dtype)
@@ -179,8 +180,8 @@ def what_to_keep(policy: HeadModel, wanted: Sequence[bool]) -> Keep:
     """For the gradients that are wanted, to hidden states, weight and bias, and what is expected of the loss."""
     # A half's gradient underflows unless the loss is scaled, by a factor that the forward does not know
     is_half = policy.hidden.dtype == torch.float16
-    if policy.options.expected is not None and any(wanted) and not is_half:
-        return KeepExpected(policy, wanted, policy.options.expected)
+    if policy.options.predicted_gradient is not None and any(wanted) and not is_half:
+        return KeepExpected(policy, wanted, policy.options.predicted_gradient)
     return KeepBases(policy) if tuple(wanted) == (True, False, False) else KeepNothing()
 
 

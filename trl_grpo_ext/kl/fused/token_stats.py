@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .chunks import ExpectedGradients, Gathered, HeadOptions, head_models, matmul_dtype
+from .chunks import GatherHead, HeadOptions, head_models, matmul_dtype
 from .gradients import LossGradients, add_second_pass, first_block, what_to_keep
+from .predicted_gradient import PredictedGradient, SecondPassCount
 from .tiles import Rows
 
 
-LOGITS_MEMORY = 256 * 2**20
+LOGITS_MEMORY_BYTES = 256 * 2**20
 
 
 def _whole(*head: torch.Tensor | None) -> AbstractContextManager[Any]:
@@ -70,7 +71,7 @@ class _FusedTokenStats(torch.autograd.Function):
         *models, targets, rows_N9 = ctx.saved_tensors
         loss = LossGradients(*(None if g is None else g[:, None] for g in grads[:3]))
         no_autocast = torch.autocast(models[0].device.type, enabled=False)  # the products keep the forward's dtype
-        with no_autocast, ctx.options.gathered(*models[1:3]):
+        with no_autocast, ctx.options.gather_head(*models[1:3]):
             policy, reference = head_models(models, ctx.options)
             gradients, tokens, rest = ctx.keep.backward(policy, targets, loss, ctx.needs_input_grad[:3])
             if tokens is not None:
@@ -79,7 +80,9 @@ class _FusedTokenStats(torch.autograd.Function):
             second = gradients
             if tokens is not None and gradients.hidden is not None:
                 second = gradients._replace(hidden=torch.zeros_like(policy.hidden, dtype=policy.dtype))
-            if len(targets) and any(g is not None for g in rest):
+            needed = len(targets) if any(g is not None for g in rest) else 0
+            ctx.options.second_pass.add(needed, len(models[0]))
+            if needed:
                 add_second_pass(second, policy, reference, targets, Rows(*rows_N9.split(1, -1)), rest)
             if tokens is not None and gradients.hidden is not None:
                 gradients.hidden.index_add_(0, tokens, second.hidden)
@@ -106,8 +109,12 @@ def _check_shapes(hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bia
             raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)}")
 
 
-def _check_options(temperature: float, softcap: float | None, logits_memory: int) -> None:
-    for name, value in ("temperature", temperature), ("softcap", softcap), ("logits_memory", logits_memory):
+def _check_options(temperature: float, softcap: float | None, logits_memory_bytes: int) -> None:
+    for name, value in (
+        ("temperature", temperature),
+        ("softcap", softcap),
+        ("logits_memory_bytes", logits_memory_bytes),
+    ):
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be positive, got {value}")
 
@@ -124,7 +131,7 @@ def fused_token_stats(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    logits_memory: int = LOGITS_MEMORY,
+    logits_memory_bytes: int = LOGITS_MEMORY_BYTES,
 ) -> TokenStats:
     """
     Log-probability of the target, entropy, exact KL to the reference and the reference's log-probability, per token.
@@ -155,7 +162,7 @@ def fused_token_stats(
         temperature: sampling temperature, positive.
         logit_scale: factor on the product, before the cap.
         softcap: bound of the logits' absolute value before the temperature; None for none.
-        logits_memory: bytes that the V-wide tiles alive at one moment may take together; one token's tiles are the
+        logits_memory_bytes: bytes that the V-wide tiles alive at one moment may take together; one token's tiles are the
             least. Affects speed and memory, and results only through rounding.
 
     Returns:
@@ -175,7 +182,7 @@ def fused_token_stats(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
-        logits_memory=logits_memory,
+        logits_memory_bytes=logits_memory_bytes,
     )
 
 
@@ -191,28 +198,41 @@ def fused_token_stats_for_loss(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    logits_memory: int = LOGITS_MEMORY,
-    expected: ExpectedGradients | None = None,
-    gathered: Gathered = _whole,
+    logits_memory_bytes: int = LOGITS_MEMORY_BYTES,
+    direction: str = "reverse",
+    predicted_gradient: PredictedGradient | None = None,
+    second_pass: SecondPassCount | None = None,
+    gather_head: GatherHead = _whole,
 ) -> TokenStats:
     """
     [`fused_token_stats`] for a loss whose gradients can be foretold, and for heads that are sharded between uses.
 
     Args:
-        expected: from log-probabilities `(n,)` and the slice of their tokens to the gradients of the loss with respect
+        predicted_gradient: from log-probabilities `(n,)` and the slice of their tokens to the gradients of the loss with respect
             to `logp` and `kl`, `(n,)` each, up to one factor for all N tokens. They decide about the speed only: the
             backward compares them with what arrives, and makes good what differs. Not used with float16 products, in
             which gradients underflow unless the loss has been scaled.
-        gathered: from `weight` and `bias` to the context in which the backward finds them whole; in the forward they
+        gather_head: from `weight` and `bias` to the context in which the backward finds them whole; in the forward they
             have to be.
     """
     _check_shapes(hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias)
-    _check_options(temperature, softcap, logits_memory)
+    _check_options(temperature, softcap, logits_memory_bytes)
     dtype = matmul_dtype(hidden)
+    if direction != "reverse":
+        raise ValueError(f"`direction` must be 'reverse', got {direction!r}")
     if not torch.is_grad_enabled():
         # The function would prepare gradients for every input that requires one
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    options = HeadOptions(temperature, logit_scale, softcap, dtype, logits_memory, expected, gathered)
+    options = HeadOptions(
+        temperature,
+        logit_scale,
+        softcap,
+        dtype,
+        logits_memory_bytes,
+        predicted_gradient,
+        gather_head,
+        second_pass or SecondPassCount(),
+    )
     reference = (None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
     with torch.autocast(hidden.device.type, enabled=False):
         return TokenStats(*_FusedTokenStats.apply(hidden, weight, bias, *reference, targets, options))
