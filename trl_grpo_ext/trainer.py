@@ -140,7 +140,7 @@ class GRPOExtTrainer(CheckpointedTrainer):
         self._wrap_sources()
         # Of the batch that is being scored: the wrapped sources, and one number per completion and source
         self._scored_sources: tuple[list[Any], torch.Tensor] | None = None
-        self._sources_without_steps: set[str] = set()
+        self._warned_sources: set[str] = set()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts
@@ -169,9 +169,10 @@ class GRPOExtTrainer(CheckpointedTrainer):
 
     def _wrap_sources(self) -> list[Any]:
         """The user's functions as TRL is to call them in the next batch; models as they are."""
+        is_outcome = self.args.supervision == "outcome"
         sources = zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
         return [
-            source if isinstance(source, nn.Module) else wrap_source(source, name, transform)
+            source if isinstance(source, nn.Module) else wrap_source(source, name, transform, is_outcome)
             for source, name, transform in sources
         ]
 
@@ -184,20 +185,30 @@ class GRPOExtTrainer(CheckpointedTrainer):
             if isinstance(source, nn.Module):
                 scores_NK[:, k] = parse_model_scores(scores_NK[:, k], self.reward_func_names[k], self._transforms[k])
             else:
-                self._warn_without_steps(source, completions)
+                self._warn_of_steps(source, completions)
         self._scored_sources = (sources, scores_NK)
         return scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
 
-    def _warn_without_steps(self, source: RewardSource, completions: list[Any]) -> None:
-        """Say once, by name, that a source of step rewards found no step in a whole batch: it rewards nothing."""
+    def _warn_of_steps(self, source: RewardSource, completions: list[Any]) -> None:
+        """Say once, by name, that a source of step rewards found no step, or that only a sum of them is trained on."""
         _, steps = source.count_steps()
-        if source.returned_steps and steps == 0 and source.name not in self._sources_without_steps:
-            self._sources_without_steps.add(source.name)
-            logger.warning(
-                f"reward source '{source.name}' found no step in any of {len(completions)} completions, so that it "
-                f"rewards nothing. The first completion is {str(completions[0])[:_EXCERPT]!r}. Do the steps end "
-                "otherwise? See `Segmentation`. This is said once."
+        if source.returned_steps and steps == 0:
+            self._warn_once(
+                source.name,
+                f"found no step in any of {len(completions)} completions, so that it rewards nothing. The first "
+                f"completion is {str(completions[0])[:_EXCERPT]!r}. Do the steps end otherwise? See `Segmentation`.",
             )
+        elif steps and self.args.supervision == "outcome" and not source.chose_reduce:
+            self._warn_once(
+                source.name,
+                f"returned rewards of steps, and supervision='outcome' trains on their {source.reduce}, which pays "
+                "for more steps. Use supervision='process', or give the function an attribute `reduce`.",
+            )
+
+    def _warn_once(self, name: str, what: str) -> None:
+        if name not in self._warned_sources:
+            self._warned_sources.add(name)
+            logger.warning(f"reward source '{name}' {what} This is said once.")
 
     def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
         """What all processes' completions earn, from the rewards that TRL has just collected."""

@@ -1,6 +1,7 @@
 """What a source may return for a completion: parsed, refused, placed on tokens."""
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -160,3 +161,35 @@ def test_rewards_are_placed_on_the_tokens_that_carry_them():
     )
     torch.testing.assert_close(placed_BT, expected_BT, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(place_rewards(rewards, mask_BT.bool()).isnan(), placed_BT.isnan())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([0.5], 0.5),
+        (torch.tensor([0.5]), 0.5),
+        (np.array([0.5]), 0.5),
+        (math.nan, None),
+        (torch.tensor(math.nan), None),
+        (torch.tensor([math.nan]), None),
+        (Decimal("0.25"), 0.25),
+    ],
+)
+def test_under_outcome_supervision_what_trl_takes_is_a_reward(value, expected):
+    assert parse_reward(value, 12, WHERE, is_outcome=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (
+            torch.tensor([0.5]),
+            ValueError,
+            "1 token rewards for a completion of 12 tokens. For one reward of the whole",
+        ),
+        (([1, 3], [0.5, 1.0]), TypeError, r"got a pair of lists; .* return StepRewards\(ends, values\)"),
+    ],
+)
+def test_a_reward_of_the_wrong_shape_says_which_was_meant(value, error, message):
+    with pytest.raises(error, match=f"^{WHERE}: {message}"):
+        parse_reward(value, 12, WHERE)

@@ -262,3 +262,12 @@ class KLTrainer(GRPOTrainer):
     def _record(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the share of tokens that took the exact KL's second pass since the last log of training."""
+        if self._reference is not None and self._mode == "train":
+            counts = torch.tensor(self._reference.second_pass.take(), device=self.accelerator.device)
+            second_pass_tokens, tokens = total(self.accelerator, counts)
+            if tokens:
+                self._record({"kl/second_pass_share": second_pass_tokens / tokens})
+        super().log(logs, start_time)

@@ -27,18 +27,23 @@ class RewardSource:
             Its name in logs and errors.
         transform (`str`, *optional*, defaults to `"none"`):
             A reward transform, see [`~trl_grpo_ext.rewards.transforms.parse_transform`].
+        is_outcome (`bool`, *optional*, defaults to `False`):
+            Whether supervision is by outcome, under which whatever TRL takes is a reward.
 
     Raises:
         ValueError: the function has an attribute `reduce` that is not in `STEP_REDUCTIONS`.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, transform: str = "none"):
+    def __init__(self, function: Callable[..., Any], name: str, transform: str = "none", is_outcome: bool = False):
         self.function = function
         self.name = name
         # TRL's messages show it
         self.__name__ = name
         self.transform = transform
-        self.reduce = _reduce_attribute(function)
+        self.is_outcome = is_outcome
+        chosen = _reduce_attribute(function)
+        self.chose_reduce = chosen is not None
+        self.reduce = "sum" if chosen is None else chosen
         if self.reduce not in STEP_REDUCTIONS:
             known = ", ".join(map(repr, STEP_REDUCTIONS))
             raise ValueError(f"reward source '{name}': `reduce` is {self.reduce!r}; known: {known}.")
@@ -80,7 +85,8 @@ class RewardSource:
         numbers = []
         for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
-            reward = transform_reward(parse_reward(value, length, where), self.transform, where)
+            parsed = parse_reward(value, length, where, is_outcome=self.is_outcome)
+            reward = transform_reward(parsed, self.transform, where)
             self.rewards.append(reward)
             numbers.append(self._to_number(reward, where))
         return numbers
@@ -113,19 +119,22 @@ class AsyncRewardSource(RewardSource):
         return self.parse(await self.function(completion_ids=completion_ids, **kwargs), lengths)
 
 
-def _reduce_attribute(function: Callable[..., Any]) -> str:
-    """The user's choice, an attribute that most reward functions do not have."""
+def _reduce_attribute(function: Callable[..., Any]) -> Any:
+    """The user's choice, an attribute that most reward functions do not have: `None` then."""
     while isinstance(function, functools.partial):
         function = function.func
-    return getattr(function, "reduce", "sum")
+    return getattr(function, "reduce", None)
 
 
-def wrap_source(function: Callable[..., Any], name: str, transform: str) -> RewardSource:
+def wrap_source(
+    function: Callable[..., Any], name: str, transform: str = "none", is_outcome: bool = False
+) -> RewardSource:
     """The [`RewardSource`] of a reward function, or the [`AsyncRewardSource`] of a coroutine function."""
-    return (AsyncRewardSource if is_async_callable(function) else RewardSource)(function, name, transform)
+    source_class = AsyncRewardSource if is_async_callable(function) else RewardSource
+    return source_class(function, name, transform, is_outcome)
 
 
-def parse_model_scores(scores_N: torch.Tensor, name: str, transform: str) -> torch.Tensor:
+def parse_model_scores(scores_N: torch.Tensor, name: str, transform: str = "none") -> torch.Tensor:
     """Check and transform the scores of a sequence classifier, as [`RewardSource`] does for what functions return."""
     parsed = []
     for index, value in enumerate(scores_N.tolist()):

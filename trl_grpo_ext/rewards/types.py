@@ -10,6 +10,7 @@ What a reward source may return for one completion, and how it is checked.
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -86,7 +87,7 @@ def check_finite(value: Any, what: str) -> float:
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, Real):
+    if not isinstance(value, (Real, Decimal)):
         raise TypeError(f"{what} is {value!r}, which is not a number.")
     return check_finite(value, what)
 
@@ -95,7 +96,8 @@ def _parse_steps(reward: StepRewards, length: int, where: str) -> StepRewards | 
     for field, given in {"ends": reward.ends, "values": reward.values}.items():
         if not is_list_like(given):
             raise TypeError(f"{where}: StepRewards has {field}={given!r}; expected a list.")
-    ends, values = plain(list(reward.ends)), plain(list(reward.values))
+    ends = plain(list(reward.ends))
+    values = plain(list(reward.values))
     if len(ends) != len(values):
         raise ValueError(f"{where}: StepRewards has {len(ends)} `ends` but {len(values)} `values`.")
     values = [None if v is None else _number(v, f"{where}: values[{k}]") for k, v in enumerate(values)]
@@ -111,11 +113,11 @@ def _parse_steps(reward: StepRewards, length: int, where: str) -> StepRewards | 
     return StepRewards(ends, values) if ends else None
 
 
-def parse_reward(value: Any, length: int, where: str) -> Reward:
+def parse_reward(value: Any, length: int, where: str, *, is_outcome: bool = False) -> Reward:
     """
     Check what a source returned for one completion and bring it to a plain form.
 
-    A list of `length` floats becomes [`StepRewards`] with a step at every token; [`StepRewards`] without steps becomes
+    A list of `length` floats becomes [`StepRewards`] with a step at every token. [`StepRewards`] without steps become
     `None`, since nothing was judged.
 
     Args:
@@ -125,6 +127,9 @@ def parse_reward(value: Any, length: int, where: str) -> Reward:
             Number of tokens of the completion.
         where (`str`):
             Names the source and the completion in errors.
+        is_outcome (`bool`, *optional*, defaults to `False`):
+            Whether supervision is by outcome. A reward function that TRL takes is then taken too: NaN is `None`, and
+            a list of one number is that number, as of a reward model's logits of shape `(N, 1)`.
 
     Raises:
         TypeError: not one of the four forms.
@@ -132,21 +137,39 @@ def parse_reward(value: Any, length: int, where: str) -> Reward:
             out of range or not increasing.
     """
     value = plain(value)
+    if is_outcome:
+        value = _as_trl_takes_it(value)
     if value is None:
         return None
     if isinstance(value, StepRewards):
         return _parse_steps(value, length, where)
-    if isinstance(value, Real):
+    if isinstance(value, (Real, Decimal)):
         return check_finite(value, f"{where}: the reward")
     if isinstance(value, list):
-        if len(value) != length:
-            raise ValueError(f"{where}: {len(value)} token rewards for a completion of {length} tokens.")
-        values = [_number(reward, f"{where}: token rewards[{token}]") for token, reward in enumerate(value)]
-        return StepRewards(list(range(length)), values) if value else None
+        return _parse_tokens(value, length, where)
     raise TypeError(
         f"{where}: got {type(value).__name__}; a reward is a float, a list of floats as long as the completion, "
         "StepRewards or None."
     )
+
+
+def _as_trl_takes_it(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    # The only number that differs from itself
+    return None if isinstance(value, Real) and value != value else value
+
+
+def _parse_tokens(values: list[Any], length: int, where: str) -> StepRewards | None:
+    if len(values) == 2 and all(isinstance(part, list) for part in values):
+        raise TypeError(
+            f"{where}: a pair of lists is no reward; for rewards of steps return StepRewards(ends, values)."
+        )
+    if len(values) != length:
+        hint = " For one reward of the whole completion return the number itself." if len(values) == 1 else ""
+        raise ValueError(f"{where}: {len(values)} token rewards for a completion of {length} tokens.{hint}")
+    numbers = [_number(reward, f"{where}: token rewards[{token}]") for token, reward in enumerate(values)]
+    return StepRewards(list(range(length)), numbers) if numbers else None
 
 
 def place_rewards(rewards: Sequence[Reward], mask_BT: torch.Tensor) -> torch.Tensor:
