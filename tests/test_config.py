@@ -314,3 +314,19 @@ def test_it_survives_json_dict_and_pickle():
 def test_a_dictionary_of_its_fields_builds_it_again():
     (again,) = HfArgumentParser(GRPOExtConfig).parse_dict({**COMMON, "beta": 0.1, **CHANGED})
     assert {name: vars(again)[name] for name in CHANGED} == CHANGED
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gama": 0.9}, TypeError, "GRPOExtConfig has no field 'gama'; did you mean 'gamma'"),
+        ({"loss_type": "gspo"}, ValueError, "For GSPO set importance_sampling_level='sequence'"),
+    ],
+)
+def test_a_mistaken_name_is_met_with_the_right_one(changes, error, message):
+    with pytest.raises(error, match=message):
+        config(**changes)
+
+
+def test_a_single_weight_may_stand_without_a_list():
+    assert config(reward_weights=0.5).reward_weights == [0.5]

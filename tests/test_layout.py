@@ -43,7 +43,7 @@ MAY_USE_UPSTREAM = [
 # ... and the one place that sets attributes of an upstream object for a moment
 MAY_ASK_FOR_ATTRIBUTES = {
     "_swapped.py": ["getattr", "setattr", "setattr"],
-    "rewards/sources.py": ["getattr"],
+    "rewards/sources.py": ["hasattr"],
     "rewards/types.py": ["hasattr"],
 }
 TOP_LEVEL = {

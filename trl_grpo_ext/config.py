@@ -3,13 +3,15 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, cast
 
 from ._trl import ADVANTAGE_EPS, GRPOConfig
 from .advantages.combine import GAMMA_UNITS
 from .advantages.estimators import ESTIMATORS, find_estimator
 from .kl.fused.token_stats import LOGITS_MEMORY_BYTES
+from .loss import LOSS_REDUCTIONS
 from .rewards.transforms import parse_transform
 
 
@@ -147,8 +149,21 @@ class GRPOExtConfig(GRPOConfig):
         metadata={"help": "Largest number of padded tokens in one forward of a reward model. Default: no bound."},
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any):
+        known = [field.name for field in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                nearest = get_close_matches(name, known, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else "."
+                raise TypeError(f"{cls.__name__} has no field '{name}'{hint}")
+        return super().__new__(cls)
+
     def __post_init__(self):
+        _check_loss_type(self)
         super().__post_init__()
+        if _is_number(self.reward_weights):
+            # As a YAML file may have it for a single source
+            self.reward_weights = [float(cast(float, self.reward_weights))]
         self.gamma = _check_gamma(self.gamma)
         self.reward_transforms = _as_list(self.reward_transforms)
         self.outcome_gate = _as_list(self.outcome_gate)
@@ -219,6 +234,13 @@ def _check_choices(config: GRPOExtConfig) -> None:
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+
+
+def _check_loss_type(config: GRPOExtConfig) -> None:
+    known = [name for name in LOSS_REDUCTIONS if name != "token_mean"]
+    if config.loss_type not in known:
+        hint = " For GSPO set importance_sampling_level='sequence'." if config.loss_type == "gspo" else ""
+        raise ValueError(f"loss_type must be one of {', '.join(map(repr, known))}; got {config.loss_type!r}.{hint}")
 
 
 def _check_gamma(gamma: Any) -> float | list[float]:

@@ -36,6 +36,7 @@ from .metrics import (
     withheld_shares,
 )
 from .reward_models.opening import open_reward_models, prepare_reward_sources
+from .rewards.arguments import check_columns, list_sources
 from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.sources import RewardSource, parse_model_scores, wrap_source
@@ -110,6 +111,9 @@ class GRPOExtTrainer(CheckpointedTrainer):
             raise TypeError(
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
+        check_columns(
+            {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, needs_prompt=environment_factory is None
+        )
         super().__init__(
             model=model,
             reward_funcs=_open_sources(reward_funcs, args),
@@ -313,16 +317,33 @@ class GRPOExtTrainer(CheckpointedTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         mask_BT = loss_mask(output)
-        batch = self._scored_batch(mask_BT)
-        self._scored_sources = None
-        # A metric without a value would be None in the log, of which trackers complain
-        self._record({name: value for name, value in self.reward_metrics(batch).items() if not math.isnan(value)})
-        if not self._keeps_trl_advantages:
-            # Other processes may have longer completions
-            advantages_BT = local_rows(self.accelerator, self.compute_advantages(batch))[:, : mask_BT.size(1)].float()
-            output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
+        if self._scored_sources is None:
+            self._require_super()
+        else:
+            self._use_rewards(output, self._scored_batch(mask_BT), mask_BT)
+            self._scored_sources = None
         self._log_advantages(output["advantages"], mask_BT)
         return output
+
+    def _require_super(self) -> None:
+        """A subclass may compute rewards as TRL does, but then nothing is known of steps, gates and transforms."""
+        needs_steps = self.args.supervision == "process" or not self._keeps_trl_advantages
+        if needs_steps or self.args.outcome_gate or self.args.reward_transforms:
+            raise RuntimeError(
+                f"{type(self).__name__}._calculate_rewards does not call super()._calculate_rewards(...), where the "
+                "rewards of tokens and steps, gates and transforms are read. Call it, and change what it returns; or "
+                "use supervision='outcome' without gates and transforms."
+            )
+
+    def _use_rewards(self, output: dict[str, Any], batch: ScoredBatch, mask_BT: torch.Tensor) -> None:
+        """Log the batch's metrics, and put the advantages that are asked for in place of TRL's."""
+        # A metric without a value would be None in the log, of which trackers complain
+        self._record({name: value for name, value in self.reward_metrics(batch).items() if not math.isnan(value)})
+        if self._keeps_trl_advantages:
+            return
+        # Other processes may have longer completions
+        advantages_BT = local_rows(self.accelerator, self.compute_advantages(batch))[:, : mask_BT.size(1)].float()
+        output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
         """Log the advantages that are trained on; in the completions table, each completion's mean."""
@@ -340,5 +361,4 @@ def _open_sources(reward_funcs: Any, args: GRPOExtConfig) -> list[Any] | None:
     if reward_funcs is None:
         return None
     init_kwargs = cast(dict[str, Any], args.model_init_kwargs or {})
-    sources = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    return open_reward_models(sources, {"trust_remote_code": args.trust_remote_code, **init_kwargs})
+    return open_reward_models(list_sources(reward_funcs), {"trust_remote_code": args.trust_remote_code, **init_kwargs})

@@ -5,10 +5,11 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from trl import GRPOTrainer
 
 from tests.support.training import fixed_completions, loss_and_gradients, make_trainer, moved_policy, scored_batch
-from trl_grpo_ext import DIVERGENCES, ESTIMATORS, Divergence, Estimator, GRPOExtTrainer, StepRewards
+from trl_grpo_ext import DIVERGENCES, ESTIMATORS, Divergence, Estimator, GRPOExtConfig, GRPOExtTrainer, StepRewards
 from trl_grpo_ext.loss import loss_mask
 
 
@@ -143,3 +144,49 @@ def test_the_loss_mask_leaves_out_tool_output():
     assert loss_mask({"completion_mask": mask_BT, "tool_mask": torch.tensor([[1, 0, 1, 1]])}).tolist() == [
         [1, 0, 1, 0]
     ]
+
+
+def test_rewards_computed_without_super_train_as_trls_with_defaults_and_are_refused_beyond(tiny_model, tmp_path):
+    class Constant(GRPOExtTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            return torch.arange(len(prompts), dtype=torch.float)[:, None]
+
+    batch = scored_batch(trainer_of(Constant, tiny_model, tmp_path), len(LENGTHS))
+    torch.testing.assert_close(batch["advantages"], (torch.arange(4.0) - 1.5) / (torch.arange(4.0).std() + 1e-4))
+    with pytest.raises(RuntimeError, match=r"Constant\._calculate_rewards does not call super\(\)"):
+        scored_batch(trainer_of(Constant, tiny_model, tmp_path, supervision="process"), len(LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["prompt", "completion_ids"], "train_dataset has a column 'completion_ids', a name under which"),
+        (["question"], "train_dataset has no column 'prompt'; it has: question"),
+    ],
+)
+def test_columns_that_would_not_arrive_are_refused(tiny_model, tmp_path, columns, message):
+    dataset = Dataset.from_dict({name: ["a"] for name in columns})
+    args = GRPOExtConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=message):
+        GRPOExtTrainer(tiny_model, judge, args, train_dataset=dataset)
+
+
+def test_a_class_in_place_of_an_object_is_named(tiny_model, tmp_path):
+    class Judge:
+        pass
+
+    with pytest.raises(TypeError, match=r"reward_funcs\[0\] is the class Judge; pass an object"):
+        make_trainer(GRPOExtTrainer, tiny_model, (Judge,), tmp_path)
+
+
+def test_steps_under_outcome_supervision_are_named_once_unless_their_reduction_is_chosen(tiny_model, tmp_path, caplog):
+    def chosen(completion_ids, **columns):
+        return judge(completion_ids)
+
+    chosen.reduce = "min"
+    trainer = make_trainer(GRPOExtTrainer, tiny_model, [judge, chosen], tmp_path, max_steps=2)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    (message,) = [r.getMessage() for r in caplog.records if "returned rewards of steps" in r.getMessage()]
+    assert "'judge'" in message and "trains on their sum" in message

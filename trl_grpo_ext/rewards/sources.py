@@ -41,9 +41,9 @@ class RewardSource:
         self.__name__ = name
         self.transform = transform
         self.is_outcome = is_outcome
-        chosen = _reduce_attribute(function)
-        self.chose_reduce = chosen is not None
-        self.reduce = "sum" if chosen is None else chosen
+        chosen = _reduce_attributes(function)
+        self.chose_reduce = bool(chosen)
+        (self.reduce,) = chosen or ["sum"]
         if self.reduce not in STEP_REDUCTIONS:
             known = ", ".join(map(repr, STEP_REDUCTIONS))
             raise ValueError(f"reward source '{name}': `reduce` is {self.reduce!r}; known: {known}.")
@@ -119,11 +119,11 @@ class AsyncRewardSource(RewardSource):
         return self.parse(await self.function(completion_ids=completion_ids, **kwargs), lengths)
 
 
-def _reduce_attribute(function: Callable[..., Any]) -> Any:
-    """The user's choice, an attribute that most reward functions do not have: `None` then."""
+def _reduce_attributes(function: Callable[..., Any]) -> list[Any]:
+    """The user's choice, an attribute that most reward functions do not have: empty then."""
     while isinstance(function, functools.partial):
         function = function.func
-    return getattr(function, "reduce", None)
+    return [function.reduce] if hasattr(function, "reduce") else []  # type: ignore[attr-defined]
 
 
 def wrap_source(

@@ -1,0 +1,62 @@
+"""The trainer's arguments about rewards, checked before anything is loaded."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+# What TRL passes to reward functions beside the data set's columns
+_RESERVED_COLUMNS = (
+    *("prompts", "completions", "completion_ids"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+)
+
+
+def list_sources(reward_funcs: Any) -> list[Any]:
+    """
+    The reward sources as a list of our own.
+
+    Raises:
+        TypeError: a class where a function or an object belongs; the message names it.
+    """
+    sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    for index, source in enumerate(sources):
+        if inspect.isclass(source):
+            raise TypeError(
+                f"reward_funcs[{index}] is the class {source.__name__}; pass an object of it, {source.__name__}(...), "
+                "or a function."
+            )
+    return sources
+
+
+def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
+    """
+    Raise `ValueError` if a data set's columns would not reach the reward functions, or if it has no prompts.
+
+    Args:
+        datasets (`Mapping[str, Any]`):
+            Data sets, dictionaries of such, or `None`, by the name of the argument. One that does not know its
+            columns before it is read is not checked.
+        needs_prompt (`bool`):
+            Whether prompts come from the data set, and not from an environment.
+    """
+    for argument, dataset in datasets.items():
+        parts = dataset.values() if isinstance(dataset, dict) else [dataset]
+        for part in parts:
+            columns = part.column_names if isinstance(part, (Dataset, IterableDataset)) else None
+            if columns is not None:
+                _check_columns_of(argument, columns, needs_prompt)
+
+
+def _check_columns_of(argument: str, columns: Iterable[str], needs_prompt: bool) -> None:
+    columns = list(columns)
+    reserved = [name for name in columns if name in _RESERVED_COLUMNS]
+    if reserved:
+        raise ValueError(
+            f"{argument} has a column '{reserved[0]}', a name under which reward functions get something else. Rename "
+            "the column."
+        )
+    if needs_prompt and "prompt" not in columns:
+        raise ValueError(f"{argument} has no column 'prompt'; it has: {', '.join(columns)}. Rename the right one.")
