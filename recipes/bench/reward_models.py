@@ -44,7 +44,8 @@ from trl_grpo_ext.steps.segmentation import Segmentation, segment
 BATCH_TOKENS = 4096
 TIMED_TOKENS = 16384
 STEP_CHARACTERS = 40
-COMPLETION_TOKENS, DISTINCT_COMPLETIONS = 1_000, 20
+COMPLETION_TOKENS = 1_000
+DISTINCT_COMPLETIONS = 20
 DTYPE = "float32"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
 SENTENCES = (
@@ -60,7 +61,8 @@ def save_model(folder: Path) -> None:
     """A token classification model of 3 million parameters with a character tokenizer, as TRL saves its own."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", *LETTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>").save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -147,7 +149,8 @@ def batch_sizes(method: str, model: ProcessRewardModel, steps: list[list[str]]) 
 
 def measure_time(arguments: argparse.Namespace, folder: str) -> list[Row]:
     count = max(arguments.solutions)
-    model, steps = load(folder, TIMED_TOKENS), solutions(count, arguments.longest)
+    model = load(folder, TIMED_TOKENS)
+    steps = solutions(count, arguments.longest)
     methods = ("by solutions", "by tokens")
     times = alternate(
         {name: partial(seconds, partial(METHODS[name], model, steps)) for name in methods}, arguments.runs
@@ -188,7 +191,8 @@ def policy_tokenizers() -> dict[str, PreTrainedTokenizerBase]:
 
 def completions(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
     """Ids of solutions in paragraphs, each cut to the same number of tokens."""
-    draw, rows = random.Random(0), []
+    draw = random.Random(0)
+    rows = []
     for _ in range(min(count, DISTINCT_COMPLETIONS)):
         text = ""
         ids: list[int] = []
@@ -232,7 +236,8 @@ def main() -> None:
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))
-        memory, scoring = measure_memory(arguments, folder), measure_time(arguments, folder)
+        memory = measure_memory(arguments, folder)
+        scoring = measure_time(arguments, folder)
     steps = measure_steps(arguments)
     console = Console()
     console.print(table("Memory of scoring beyond the model", memory, ("method", "batch_tokens", "solutions")))

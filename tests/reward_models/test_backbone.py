@@ -26,8 +26,9 @@ from tests.support.training import make_trainer
 from trl_grpo_ext import GRPOExtTrainer, ProcessRewardModel
 from trl_grpo_ext.reward_models.heads import LinearHead
 from trl_grpo_ext.reward_models.opening import open_reward_model, open_reward_models
-from trl_grpo_ext.reward_models.presets import PRESETS, Preset
-from trl_grpo_ext.reward_models.readings import LabelSoftmax, LogRatio, TokenPair, Sigmoid
+from trl_grpo_ext.reward_models.preset import Preset
+from trl_grpo_ext.reward_models.presets import PRESETS
+from trl_grpo_ext.reward_models.readings import LabelSoftmax, LogRatio, Sigmoid, TokenPair
 from trl_grpo_ext.reward_models.rendering import Tagged
 
 
@@ -122,18 +123,18 @@ def test_two_heads_of_a_checkpoint_run_its_backbone_once(two_heads):
 
 def test_readings_of_the_vocabulary_run_the_backbone_once(causal, reference):
     pair = load(causal, PAIR)
-    ratio = load(causal, RATIO, weights_of=pair, reference=reference)
+    ratio = load(causal, RATIO, weights_of=pair, log_ratio_model=reference)
     other = load(causal, OTHER_PAIR, weights_of=ratio)
     assert weights_of(pair) == weights_of(ratio) == weights_of(other)
-    counted, of_reference = forwards_of(pair.scorer.backbone), forwards_of(ratio.scorer.reference)
+    counted, of_reference = forwards_of(pair.scorer.backbone), forwards_of(ratio.scorer.log_ratio_model.backbone)
     found = [model.score_steps(PROBLEMS, STEPS) for model in (pair, ratio, other)]
     assert len(counted) == len(of_reference) == 1
     assert_same(found[0], by_itself(causal, PAIR))
-    assert_same(found[1], by_itself(causal, RATIO, reference=reference))
+    assert_same(found[1], by_itself(causal, RATIO, log_ratio_model=reference))
     assert_same(found[2], by_itself(causal, OTHER_PAIR))
 
 
-def test_what_is_left_for_another_is_for_the_same_inputs_only_and_only_once(two_heads):
+def test_shared_scores_are_of_the_same_inputs_and_used_once(two_heads):
     labels = load(two_heads, LABELS)
     value = load(two_heads, VALUE, weights_of=labels)
     counted = forwards_of(labels.scorer.backbone)
@@ -154,7 +155,7 @@ def test_identical_inputs_are_run_once(two_heads):
     assert sizes == [3] and scores[0] == scores[2]
 
 
-def test_reward_models_that_are_fed_otherwise_run_by_themselves(two_heads):
+def test_reward_models_with_other_inputs_run_by_themselves(two_heads):
     labels = load(two_heads, LABELS)
     short = load(two_heads, VALUE, weights_of=labels, max_length=8)
     counted = forwards_of(labels.scorer.backbone)
@@ -238,7 +239,7 @@ def test_weights_that_cannot_be_shared_are_refused(causal, reference, two_heads,
     for model, preset, other, options, message in (
         (reference, PAIR, pair, {}, "'.*reference.*' needs '.*reference"),
         (tmp_path / "a", PAIR, pair, {}, "'.*a' needs '.*reference"),
-        (two_heads, PAIR, labels, {}, "preset 'pair' reads the vocabulary; load that one first"),
+        (two_heads, PAIR, labels, {}, "preset 'pair' needs the vocabulary; load that one first"),
         (causal, OTHER_PAIR, pair, {"dtype": torch.bfloat16}, "dtype cannot be chosen any more"),
     ):
         with pytest.raises(ValueError, match=f"weights_of holds .*, but {message}"):
@@ -307,11 +308,11 @@ def test_no_device_map_is_used_under_several_processes(two_heads, monkeypatch):
 
 
 def test_an_offloaded_model_is_on_the_trainers_device_only_while_it_scores(causal, reference):
-    model = load(causal, RATIO, reference=reference, offload=True)
+    model = load(causal, RATIO, log_ratio_model=reference, offload=True)
     backbones = model.scorer.backbones
     accelerator = Accelerator(cpu=True)
     model.prepare(accelerator, None, None)
-    expected = by_itself(causal, RATIO, reference=reference)
+    expected = by_itself(causal, RATIO, log_ratio_model=reference)
     assert_same(model.score_steps(PROBLEMS, STEPS), expected)
 
     seen = []
@@ -363,7 +364,7 @@ def test_scores_are_read_in_float32_under_autocast(two_heads, request):
     model = load(two_heads, LABELS)
     model.prepare(Accelerator(cpu=True, mixed_precision="bf16"), None, None)
     read = []
-    head = model.scorer.reader.heads.get_submodule("score")
+    head = model.scorer.readout.logits.get_submodule("score")
     head.register_forward_hook(lambda module, args, output: read.append((args[0].dtype, output.dtype)))
     half = model.score_steps(PROBLEMS, STEPS)
     assert read == [(torch.float32, torch.float32)]
@@ -378,7 +379,7 @@ def test_a_quantised_backbone_is_read_by_an_unquantised_head(preset, causal, ref
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     folder = two_heads if preset is LABELS else causal
-    options = {"reference": reference} if preset is RATIO else {}
+    options = {"log_ratio_model": reference} if preset is RATIO else {}
     model = load(folder, preset, quantization_config=nf4, **options)
     model.prepare(Accelerator(cpu=True), None, None)
     backbone = model.scorer.backbone

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.support.hub_folders import WIDTH, llama_tokenizer, load_tokenizer, missing_packages, save_hub_folder
 from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardModel
-from trl_grpo_ext.reward_models.presets import PRESETS, Preset
+from trl_grpo_ext.reward_models.preset import Preset
+from trl_grpo_ext.reward_models.presets import PRESETS
 from trl_grpo_ext.rewards.types import StepRewards
 from trl_grpo_ext.steps.segmentation import Segmentation
 
@@ -304,7 +305,7 @@ def test_every_preset_has_its_card():
 @pytest.mark.parametrize("preset", PROCESS_CARDS)
 def test_process_scores_are_the_cards(preset, folders, reference):
     folder = folders(preset)
-    options = {"reference": str(reference)} if preset == "eurus-prm" else {}
+    options = {"log_ratio_model": str(reference)} if preset == "eurus-prm" else {}
     model = ProcessRewardModel.from_pretrained(str(folder), **options)
     assert model.preset == PRESETS[preset]
     card = Card(folder)
@@ -481,7 +482,7 @@ def shepherd(folders):
 
 def test_truncation_keeps_the_question_and_leaves_whole_last_steps_unscored(shepherd, folders):
     (whole,) = shepherd.score_steps([PROBLEM], SOLUTIONS[:1])
-    reads = shepherd._render(PROBLEM, SOLUTIONS[0]).read_positions
+    reads = shepherd._render(PROBLEM, SOLUTIONS[0]).score_positions
     for length, scored in ((reads[2] + 1, 3), (reads[2], 2), (reads[0] + 1, 1), (reads[0], 0), (3, 0)):
         short = ProcessRewardModel.from_pretrained(
             shepherd.name, weights_of=shepherd, max_length=length, tokenizer=shepherd.tokenizer
@@ -516,12 +517,14 @@ def test_batches_by_tokens_equal_one_by_one_and_keep_their_bound(shepherd):
 
 @pytest.mark.parametrize("preset", ["math-shepherd", "eurus-prm", "reason-eval"])
 def test_a_process_with_fewer_batches_runs_as_many_forwards_as_the_others(preset, folders, reference, monkeypatch):
-    options = {"reference": str(reference)} if preset == "eurus-prm" else {}
+    options = {"log_ratio_model": str(reference)} if preset == "eurus-prm" else {}
     model = ProcessRewardModel.from_pretrained(str(folders(preset)), **options)
     alone = model.score_steps([PROBLEM] * 2, SOLUTIONS)
     forwards = []
     model.scorer.backbone.register_forward_pre_hook(lambda module, args: forwards.append(1))
-    monkeypatch.setattr("trl_grpo_ext.reward_models.base.gather", lambda accelerator, own: torch.cat([own, own + 2]))
+    monkeypatch.setattr(
+        "trl_grpo_ext.reward_models.batching.gather", lambda accelerator, own: torch.cat([own, own + 2])
+    )
     model.accelerator = SimpleNamespace(device="cpu")
     assert model.score_steps([PROBLEM] * 2, SOLUTIONS) == alone
     assert len(forwards) == 3

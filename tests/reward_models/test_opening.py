@@ -25,8 +25,18 @@ def completions_in_lines():
     return rows
 
 
-def test_a_known_process_model_is_opened_by_its_id_and_mixed_with_a_function(tiny_model, prm_folder, tmp_path):
+def test_a_known_process_model_is_opened_by_its_id_and_mixed_with_a_function(
+    tiny_model, prm_folder, tmp_path, monkeypatch
+):
     rows = completions_in_lines()
+    returned = []
+    call = ProcessRewardModel.__call__
+
+    def recording(self, *args, **columns):
+        returned.append(call(self, *args, **columns))
+        return returned[-1]
+
+    monkeypatch.setattr(ProcessRewardModel, "__call__", recording)
 
     def long_enough(completion_ids, **columns):
         return [float(len(ids) > 10) for ids in completion_ids]
@@ -43,13 +53,13 @@ def test_a_known_process_model_is_opened_by_its_id_and_mixed_with_a_function(tin
         per_device_train_batch_size=8,
         max_steps=1,
     )
-    model = trainer.reward_funcs[0].function
+    model = trainer.reward_funcs[0]
     assert isinstance(model, ProcessRewardModel) and model.batch_tokens == 64
     model.segmentation = Segmentation(by="newline")
     trainer.train()
 
     tokenizer, alone = tiny_tokenizer(), ProcessRewardModel.from_pretrained(prm_folder)
-    for ids, rewards in zip(rows.completion_ids, trainer.reward_funcs[0].rewards, strict=True):
+    for ids, rewards in zip(rows.completion_ids, returned[0], strict=True):
         steps = [line.strip() for line in tokenizer.decode(ids[:-1]).split("\n") if line.strip()]
         assert len(rewards.ends) == len(steps)
         # Newlines end steps, and the token before the end of sequence does
@@ -106,4 +116,4 @@ def test_a_second_trainer_brings_its_own_policys_tokenizer(tiny_model, prm_folde
 
 def test_config_fields_in_model_init_kwargs_reach_reward_models(tiny_model, prm_folder, tmp_path):
     trainer = make_trainer(GRPOExtTrainer, tiny_model, [prm_folder], tmp_path, model_init_kwargs={"use_cache": False})
-    assert trainer.reward_funcs[0].function.scorer.backbone.loaded.config.use_cache is False
+    assert trainer.reward_funcs[0].scorer.backbone.loaded.config.use_cache is False

@@ -27,10 +27,10 @@ from tests.support.reward_servers import SPOILED, UNSCORED, Scorer
 from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.reward_models.models import ProcessRewardModel
-from trl_grpo_ext.reward_models.presets import Preset
+from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, vllm_steps
-from trl_grpo_ext.reward_models.remote.server import _read_body, create_app, main
+from trl_grpo_ext.reward_models.remote.server import _receive_body, create_app, main
 from trl_grpo_ext.reward_models.rendering import Tagged
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
 from trl_grpo_ext.steps.segmentation import Segmentation
@@ -81,7 +81,7 @@ class Server:
 
 
 def running(kind):
-    return Server.command("tests.reward_servers", kind)
+    return Server.command("tests.support.reward_servers", kind)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_completion_is_rewarded_at_the_last_tokens_of_its_scored_steps(real):
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     source = process(f"{real.url}/process", batch_size=2, policy_tokenizer=tokenizer, reduce="sum")
-    wrapped = wrap_source(source, "judge", "none", None, None, tokenizer)
+    wrapped = wrap_source(source, "judge", "none")
     assert isinstance(wrapped, AsyncRewardSource)
     chats = [[{"role": "user", "content": f"problem {number}"}] for number in range(len(texts))]
     sums = asyncio.run(wrapped(prompts=chats, completions=texts, completion_ids=ids, answer=["2"] * len(texts)))
@@ -320,7 +320,7 @@ def test_of_a_body_that_is_too_large_no_more_is_held_than_of_one_that_is_not():
     tracemalloc.start()
     try:
         with pytest.raises(HTTPException, match=f"the body has {64 * limit} bytes; this server takes {limit}"):
-            asyncio.run(_read_body(Request({"type": "http"}, receiving(messages)), limit))
+            asyncio.run(_receive_body(Request({"type": "http"}, receiving(messages)), limit))
         assert tracemalloc.get_traced_memory()[1] < 8 * limit
     finally:
         tracemalloc.stop()
@@ -538,9 +538,9 @@ def test_vllm_rows_of_another_number_are_not_used(strange, tagged):
 @pytest.mark.parametrize("rows", [[], [[0.5, 0.5]] * 2, [[0.5, 0.5]] * 4, "base64", [0.5, 0.5, 0.5]])
 def test_vllm_rows_without_a_common_tag_must_be_those_of_all_tokens(rows):
     request = vllm_steps(None, [7, 8, 9], [1, 2], 2, (-1,))
-    assert request.read({"data": [{"data": [[0.5, 0.1], [0.5, 0.2], [0.5, 0.3]]}]}) == [[0.2, 0.3]]
+    assert request.parse({"data": [{"data": [[0.5, 0.1], [0.5, 0.2], [0.5, 0.3]]}]}) == [[0.2, 0.3]]
     with pytest.raises(RewardServerError, match=r"`data\[0\]\.data`|row of step 0"):
-        request.read({"data": [{"data": rows}]})
+        request.parse({"data": [{"data": rows}]})
 
 
 def test_vllm_labels_are_added(strange, tagged):
@@ -582,10 +582,10 @@ def test_only_an_answer_of_the_same_shape_is_read(counts, found, data):
     number = st.none() | st.floats(0, 1)
     scores = [data.draw(st.lists(number, min_size=count, max_size=count)) for count in found]
     if counts == found:
-        assert request.read({"step_scores": scores}) == scores
+        assert request.parse({"step_scores": scores}) == scores
     else:
         with pytest.raises(RewardServerError, match="entries where"):
-            request.read({"step_scores": scores})
+            request.parse({"step_scores": scores})
 
 
 def test_labels_come_from_the_column_that_is_named():

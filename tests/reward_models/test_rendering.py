@@ -14,7 +14,8 @@ from tests.support.hub_folders import (
     save_mistral_tokenizer,
 )
 from tests.support.tokenizers import load_tokenizer as tokenizer_by_name
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns, chat_frame, encode_text, one_id
+from trl_grpo_ext.reward_models.encoding import chat_frame, encode_text, one_id
+from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns
 
 
 pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
@@ -109,11 +110,11 @@ def test_truncation_keeps_the_question_and_whole_steps(tokenizers, name, renderi
     cut = rendering.render(tokenizer, problem, steps, length)
     assert cut.prompt_length == whole.prompt_length
     assert cut.ids == whole.ids[: len(cut.ids)]
-    assert cut.read_positions == whole.read_positions[: len(cut.read_positions)]
+    assert cut.score_positions == whole.score_positions[: len(cut.score_positions)]
     assert len(cut.ids) <= max(length, cut.prompt_length)
-    kept = len(cut.read_positions)
+    kept = len(cut.score_positions)
     if kept < len(steps):
-        following = rendering.render(tokenizer, problem, steps, 10**9).read_positions[kept]
+        following = rendering.render(tokenizer, problem, steps, 10**9).score_positions[kept]
         assert following >= length - (2 if isinstance(rendering, Turns) else 1)
 
 
@@ -195,7 +196,7 @@ def test_tokenizers_without_a_fast_implementation_render_too():
     rendered = Tagged(tag="\n", first=" ").render(byt5, problem, steps)
     assert not {*rendered.ids} & {*byt5.all_special_ids}
     assert byt5.decode(rendered.ids) == f"{problem} {steps[0]}\n{steps[1]}\n"
-    assert [rendered.ids[position] for position in rendered.read_positions] == [byt5.encode("\n")[0]] * 2
+    assert [rendered.ids[position] for position in rendered.score_positions] == [byt5.encode("\n")[0]] * 2
 
 
 def test_a_chat_template_is_rendered_once_and_again_when_it_changes():

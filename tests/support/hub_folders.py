@@ -49,7 +49,7 @@ def missing_packages() -> str | None:
     """What keeps the tokenizers from being built here, as a reason to skip; `None` if nothing does."""
     names = ("dashscope", "llama_models", "mistral_common", "sentencepiece", "tiktoken")
     absent = [name for name in names if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)} (see tests/hub_folders.py)" if absent else None
+    return f"not installed: {', '.join(absent)} (see tests/support/hub_folders.py)" if absent else None
 
 
 def _data(package: str, *path: str) -> Path:

@@ -7,8 +7,11 @@ is started in, and saves what each process saw.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -18,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 from tests.support.tiny_models import save_tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, fixed_completions, on_cpu, shard_all
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, ProcessRewardModel
-from trl_grpo_ext.reward_models.presets import Preset
+from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.readings import LogRatio, TokenPair
 from trl_grpo_ext.reward_models.rendering import Bare, Tagged
 from trl_grpo_ext.steps.segmentation import Segmentation
@@ -55,6 +58,20 @@ def completions() -> Any:
     return rows
 
 
+@contextmanager
+def recorded_calls() -> Iterator[dict[ProcessRewardModel, Any]]:
+    """What each process reward model returned last, while the block runs."""
+    returned: dict[ProcessRewardModel, Any] = {}
+    call = ProcessRewardModel.__call__
+
+    def recording(self: ProcessRewardModel, *args: Any, **columns: Any) -> Any:
+        returned[self] = call(self, *args, **columns)
+        return returned[self]
+
+    with patch.object(ProcessRewardModel, "__call__", recording):
+        yield returned
+
+
 def score(models: Path, output: Path) -> dict[str, Any]:
     """Rewards that the trainer got, and scores of other numbers of completions in each process."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -78,7 +95,7 @@ def score(models: Path, output: Path) -> dict[str, Any]:
     pair = ProcessRewardModel.from_pretrained(str(models / "causal"), preset=PAIR)
     adapted = ProcessRewardModel.from_pretrained(str(models / "adapter"), preset=PAIR, weights_of=pair)
     ratio = ProcessRewardModel.from_pretrained(
-        str(models / "causal"), preset=RATIO, weights_of=pair, reference=str(models / "reference")
+        str(models / "causal"), preset=RATIO, weights_of=pair, log_ratio_model=str(models / "reference")
     )
     trainer = GRPOExtTrainer(
         str(models / "policy"),
@@ -87,15 +104,17 @@ def score(models: Path, output: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 6}),
         rollout_func=completions(),
     )
-    trainer.train()
-    seen = {"trainer": [[reward.values for reward in source.rewards] for source in trainer.reward_funcs]}
+    with recorded_calls() as returned:
+        trainer.train()
+    seen = {"trainer": [[reward.values for reward in returned[source]] for source in trainer.reward_funcs]}
     rows = [(f"{n}+{n}=", [f"{n}" * (1 + n), "a+b-c" * n or "d"]) for n in range(7)]
     # Of two processes, the second has most of the rows; without any, a process still takes part
     for name, share in (("uneven", [rows[:1], rows[1:]]), ("none", [[], rows])):
         own = rows if processes == 1 else share[rank]
-        sources = [source.function for source in trainer.reward_funcs]
-        seen[name] = [source.score_steps([p for p, _ in own], [steps for _, steps in own]) for source in sources]
-    backbones = [source.function.scorer.backbone for source in trainer.reward_funcs]
+        problems = [problem for problem, _ in own]
+        solutions = [steps for _, steps in own]
+        seen[name] = [source.score_steps(problems, solutions) for source in trainer.reward_funcs]
+    backbones = [source.scorer.backbone for source in trainer.reward_funcs]
     weights = [w for backbone in backbones for name, w in backbone.named_parameters() if "lora" not in name]
     seen["sharded"] = all(weight.numel() == 0 for weight in weights)
     return seen

@@ -1,5 +1,5 @@
 """
-Reward servers for the tests of the remote client, each a process: `python -m tests.reward_servers KIND PORT`.
+Reward servers for the tests of the remote client, each a process: `python -m tests.support.reward_servers KIND PORT`.
 
 `real` serves [`Scorer`] with the package's server, `strange` misbehaves in the way that the path says.
 """

@@ -1,58 +1,26 @@
-"""The large part of reward models: loaded once, placed once, and run by all reward models that read it."""
+"""The large part of reward models: loaded once, placed once, and run by all reward models that score with it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
-from weakref import WeakValueDictionary
+from typing import cast
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
 from peft import LoraModel, PeftConfig, PeftModel
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .._trl import prepare_deepspeed
-from .heads import ReadBatch, vocabulary_head
-
-
-# Positions whose logits over the whole vocabulary exist at the same time
-_CHUNK = 512
-
-
-class VocabularyLogProbs(nn.Module):
-    """
-    Log-probability of every id after the first, over a chunk of positions at a time.
-
-    A module with the head's own weight, so that ZeRO-3 gathers it once per forward: processes whose batches have other
-    numbers of chunks would otherwise wait for each other for ever.
-
-    Args:
-        head (`nn.Linear`):
-            The model's head over the vocabulary; its weight may be the embedding's.
-    """
-
-    def __init__(self, head: nn.Linear):
-        super().__init__()
-        self.weight, self.bias = head.weight, head.bias
-
-    def forward(self, hidden_BLH: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
-        """Of shape `(B, L - 1)`, in float32 from logits in the head's dtype."""
-        log_probs = []
-        for hidden_NH, ids_N in zip(
-            hidden_BLH[:, :-1].flatten(0, 1).split(_CHUNK), ids_BL[:, 1:].flatten().split(_CHUNK), strict=True
-        ):
-            logits_NV = F.linear(hidden_NH.to(self.weight), self.weight, self.bias).float()
-            ids_N = ids_N.to(logits_NV.device)
-            log_probs.append(logits_NV.gather(-1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(-1))
-        return torch.cat(log_probs).view(len(ids_BL), -1).to(hidden_BLH.device)
+from .heads import VocabularyLogProbs, vocabulary_head
+from .readings import BackboneOutput, RenderedBatch
+from .shared_scores import SharedScores
 
 
 class HiddenStates(nn.Module):
     """
-    What is placed and, under ZeRO-3, sharded: a decoder, and the head over the vocabulary where there is one.
+    The part that is placed and, under ZeRO-3, sharded: a decoder, and its head over the vocabulary if it has one.
 
     Args:
         decoder (`PreTrainedModel`):
@@ -72,7 +40,7 @@ class HiddenStates(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, log_probs: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Last hidden states `(B, L, H)` and, if asked for, the ids' log-probabilities `(B, L - 1)`."""
+        """Last hidden states of shape `(B, L, H)` and, if asked for, the ids' log-probabilities, `(B, L)`."""
         decoder = self.get_submodule(self.name)
         hidden_BLH = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         if not log_probs:
@@ -84,39 +52,41 @@ class HiddenStates(nn.Module):
 
 class Backbone(nn.Module):
     """
-    A loaded model without what reads it, with the adapters that reward models have put on it.
+    A loaded model with the adapters that reward models have put on it.
+
+    `shared_scores` are the scores that its reward models have made for each other.
 
     Args:
         loaded (`PreTrainedModel`):
             A causal language model, or a decoder without head.
-        source (`str`):
+        name (`str`):
             Id or folder that it was loaded from.
         causal (`bool`):
             Whether it has a head over the vocabulary.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether it stays where it was loaded, with a copy on the accelerator's device while [`~Backbone.awake`].
+            Whether it stays where it was loaded, with a copy on the accelerator's device during
+            [`~Backbone.on_device`].
     """
 
-    def __init__(self, loaded: PreTrainedModel, source: str, causal: bool, offload: bool = False):
+    def __init__(self, loaded: PreTrainedModel, name: str, causal: bool, offload: bool = False):
         super().__init__()
         self.hidden_states: nn.Module = HiddenStates(
             cast(PreTrainedModel, loaded.base_model), vocabulary_head(loaded) if causal else None
         )
         self.loaded = loaded
         self.causal = causal
-        self.source = source
+        self.name = name
         self.offload = offload
         self.quantized = "quantization_config" in loaded.config.to_dict()
         self.adapters: PeftModel | None = None
         self.accelerator: Accelerator | None = None
-        # Those that read it, in the order in which they were made, which is the same in all processes
-        self.reward_models: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self.shared_scores = SharedScores()
         self._active: str | None = None
         self._copy: dict[str, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that inputs must be on."""
         if self.accelerator is not None and (self.offload or _zero_stage(self.accelerator) == 3):
             return self.accelerator.device
         return next(self.hidden_states.parameters()).device
@@ -133,7 +103,7 @@ class Backbone(nn.Module):
         stage = _zero_stage(accelerator)
         spread = accelerator.verify_device_map(self)
         if reason := self._obstacle(accelerator, stage, spread):
-            raise ValueError(f"reward model '{self.source}': {reason}")
+            raise ValueError(f"reward model '{self.name}': {reason}")
         self.accelerator = accelerator
         if stage is not None and not self.offload:
             self.hidden_states = prepare_deepspeed(self.hidden_states, accelerator)
@@ -160,10 +130,6 @@ class Backbone(nn.Module):
             )
         return "offload=True and a device_map over several devices exclude each other." if spread else None
 
-    def add_reward_model(self, reward_model: Any) -> None:
-        """Note one that reads this model."""
-        self.reward_models[max(self.reward_models, default=0) + 1] = reward_model
-
     def add_adapter(self, config: PeftConfig) -> str:
         """Put an adapter on the model, its weights not loaded yet, and return its name."""
         if self.adapters is None:
@@ -172,13 +138,13 @@ class Backbone(nn.Module):
         else:
             name = f"adapter{len(self.adapters.peft_config)}"
             self.adapters.add_adapter(name, config)
-        # PEFT's own choice is none of ours
+        # PEFT has switched to an adapter of its own choice; no adapter has this name, so the next forward switches
         self._active = ""
         return name
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        """The time in which it is scored: with `offload`, there is a copy on the accelerator's device meanwhile."""
+    def on_device(self) -> Iterator[None]:
+        """Run from the accelerator's device: with `offload`, a copy of the weights is there until the block ends."""
         if self.offload and self.accelerator is not None:
             tensors = chain(self.hidden_states.named_parameters(), self.hidden_states.named_buffers())
             self._copy = {name: tensor.detach().to(self.accelerator.device) for name, tensor in tensors}
@@ -188,7 +154,7 @@ class Backbone(nn.Module):
             self._copy = None
 
     def activate(self, adapter: str | None) -> None:
-        """Run with this adapter from now on; `None`: without any."""
+        """Run with this adapter from now on, or without any for `None`."""
         if self.adapters is None or adapter == self._active:
             return
         tuner = cast(LoraModel, self.adapters.base_model)
@@ -199,15 +165,112 @@ class Backbone(nn.Module):
             tuner.set_adapter(adapter, inference_mode=True)
         self._active = adapter
 
-    def forward(
-        self, batch: ReadBatch, adapter: str | None = None, log_probs: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states, and log-probabilities if asked for, as [`HiddenStates`] gives them."""
+    def forward(self, batch: RenderedBatch, adapter: str | None = None, log_probs: bool = False) -> BackboneOutput:
+        """
+        Run the model.
+
+        Args:
+            batch ([`RenderedBatch`]):
+                Its input.
+            adapter (`str`, *optional*):
+                The adapter to run with; none by default.
+            log_probs (`bool`, *optional*, defaults to `False`):
+                Whether the ids' log-probabilities are computed.
+
+        Returns:
+            [`BackboneOutput`]
+        """
         self.activate(adapter)
         inputs = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL, "log_probs": log_probs}
         if self._copy is None:
-            return self.hidden_states(**inputs)
-        return functional_call(self.hidden_states, self._copy, kwargs=inputs)
+            return BackboneOutput(*self.hidden_states(**inputs))
+        return BackboneOutput(*functional_call(self.hidden_states, self._copy, kwargs=inputs))
+
+
+class AdaptedBackbone(nn.Module):
+    """
+    A backbone, and the adapter that a reward model runs it with.
+
+    Args:
+        backbone ([`Backbone`]):
+            Possibly other reward models' too.
+        adapter (`str`, *optional*):
+            One of the backbone's adapters; none by default.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: str | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+
+    def forward(self, batch: RenderedBatch, log_probs: bool = False) -> BackboneOutput:
+        """[`Backbone.forward`] with the adapter."""
+        return self.backbone(batch, self.adapter, log_probs)
+
+
+class Scorer(nn.Module):
+    """
+    A model and the module that computes scores from its output.
+
+    Args:
+        model ([`AdaptedBackbone`]):
+            The model.
+        readout (`nn.Module`):
+            What the preset's reading has built.
+        log_ratio_model ([`AdaptedBackbone`], *optional*):
+            The second model, for a reading that needs log-ratios.
+    """
+
+    def __init__(self, model: AdaptedBackbone, readout: nn.Module, log_ratio_model: AdaptedBackbone | None = None):
+        super().__init__()
+        self.model = model
+        self.readout = readout.to(model.backbone.device)
+        self.log_ratio_model = log_ratio_model
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone of the model."""
+        return self.model.backbone
+
+    @property
+    def backbones(self) -> list[Backbone]:
+        """All backbones that scoring runs."""
+        second = [] if self.log_ratio_model is None else [self.log_ratio_model.backbone]
+        return [self.backbone, *second]
+
+    @property
+    def needs_log_probs(self) -> bool:
+        """Whether scoring needs the log-probabilities of the ids."""
+        return self.log_ratio_model is not None
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place the backbones as TRL places its own reward models, and the read-out whole beside their output."""
+        for backbone in self.backbones:
+            backbone.prepare(accelerator)
+        self.readout.to(self.backbone.device)
+
+    def score(self, output: BackboneOutput, batch: RenderedBatch) -> torch.Tensor:
+        """
+        Scores from the model's output.
+
+        Args:
+            output ([`BackboneOutput`]):
+                What `model` computes for the batch, with log-probabilities if they are needed. Several scorers with
+                the same backbone and adapter can use it.
+            batch ([`RenderedBatch`]):
+                The batch.
+
+        Returns:
+            `torch.Tensor` of shape `(R,)`, float32.
+        """
+        outputs: Sequence[BackboneOutput] = [output]
+        if self.log_ratio_model is not None:
+            outputs = [output, self.log_ratio_model(batch, log_probs=True)]
+        return self.readout(outputs, batch)
+
+    def forward(self, batch: RenderedBatch) -> torch.Tensor:
+        """Scores of shape `(R,)` of a batch."""
+        return self.score(self.model(batch, self.needs_log_probs), batch)
 
 
 def _zero_stage(accelerator: Accelerator) -> int | None:

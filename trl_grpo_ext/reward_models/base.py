@@ -1,8 +1,9 @@
 """What process and outcome reward models share: loading by preset, and scoring in batches cut by tokens."""
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -10,24 +11,43 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from typing_extensions import Self
 
-from ..distributed import gather
-from .batching import collate, token_batches
-from .loading import find_source, length_limit, load_scorer, resolve_preset
-from .presets import Preset
+from .backbone import Scorer
+from .batching import collate, most_forwards, token_batches
+from .checkpoint import Checkpoint, locate_checkpoint, split_options
+from .loading import load_scorer
+from .preset import Preset
+from .presets import resolve_preset
 from .rendering import Rendered
-from .scorers import Scorer
 
 
 _BATCH_TOKENS = 16384
 _PROGRESS_AFTER_SECONDS = 10
+
+# What a process without batches runs, for the others not to wait for it for ever
+_EMPTY = Rendered(ids=[0], prompt_length=0, score_positions=[])
 
 
 class RewardModel:
     """
     What process and outcome reward models share; see [`ProcessRewardModel`] and [`OutcomeRewardModel`].
 
-    Callable with TRL's reward-function signature, and not an `nn.Module`: TRL takes those for sequence classifiers.
-    `scorer` is the module, always in evaluation mode.
+    It is called as TRL calls a reward function, and it is not an `nn.Module`: TRL takes those for sequence
+    classifiers. `scorer` is the module, always in evaluation mode.
+
+    Args:
+        scorer ([`~trl_grpo_ext.reward_models.backbone.Scorer`]):
+            The loaded model and what computes scores from its output.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's own.
+        preset ([`Preset`]):
+            How a solution becomes its input.
+        name (`str`):
+            Id or folder.
+        max_length (`int`, *optional*):
+            Largest number of ids of an input; unbounded by default.
+
+    Raises:
+        ValueError: the preset is of the other kind, or the tokenizer does not suit its rendering.
     """
 
     kind: ClassVar[str]
@@ -42,26 +62,24 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.preset = preset
         self.name = name
-        # Read by TRL for its logs
+        # TRL's logs show it
         self.__name__ = name.split("/")[-1]
         self.reduce = preset.reduce
         self.max_length = max_length
         self.batch_tokens = _BATCH_TOKENS
         self.accelerator: Accelerator | None = None
-        # Scores of the inputs that another reward model has just run through the same backbone
-        self._left: dict[_Key, list[float]] = {}
-        scorer.backbone.add_reward_model(self)
+        scorer.backbone.shared_scores.register(self)
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: "str | os.PathLike[str] | Checkpoint",
         *,
         preset: Preset | str | None = None,
         dtype: torch.dtype | str | None = None,
         quantization_config: Any = None,
         tokenizer: Any = None,
-        reference: str | PreTrainedModel | None = None,
+        log_ratio_model: str | PreTrainedModel | None = None,
         weights_of: "RewardModel | None" = None,
         offload: bool = False,
         max_length: int | None = None,
@@ -69,125 +87,179 @@ class RewardModel:
         **loading: Any,
     ) -> Self:
         """
-        Load a reward model without remote code, every key of its head checked.
+        Load a reward model without remote code, every key of its checkpoint accounted for.
 
         Args:
-            model (`str` or `os.PathLike`):
-                Id on the Hub, or folder.
+            model (`str`, `os.PathLike` or [`~trl_grpo_ext.reward_models.checkpoint.Checkpoint`]):
+                Id on the Hub, folder, or what [`~trl_grpo_ext.reward_models.checkpoint.locate_checkpoint`] has found.
             preset ([`Preset`] or `str`, *optional*):
-                How it is fed and read, or the name of one of `PRESETS`; found from id and config by default.
+                A preset, the name of one of `PRESETS`, or the path of a YAML file; found by id and config by default.
             dtype (`torch.dtype` or `str`, *optional*):
                 Of the backbone; heads are float32.
             quantization_config (*optional*):
                 Of the backbone.
-            tokenizer (*optional*):
-                The model's own tokenizer by default.
-            reference (`str` or `PreTrainedModel`, *optional*):
-                Second model of a log-ratio; the preset's by default.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                The model's own by default.
+            log_ratio_model (`str` or `PreTrainedModel`, *optional*):
+                The second model of a reading that needs log-ratios; the preset's by default.
             weights_of ([`RewardModel`], *optional*):
                 A loaded reward model whose backbone is used instead of a second copy. `model` is then the same id (for
                 another head, reading or segmentation), an adapter on the same base, or a checkpoint of a head alone.
-                Reward models that are also fed alike are scored together, by one forward per batch; each adapter takes
-                a forward of its own, since hidden states differ from its first layer on.
+                Reward models with the same inputs are scored together, by one forward per batch. Each adapter takes a
+                forward of its own, since hidden states differ from its first layer on.
             offload (`bool`, *optional*, defaults to `False`):
                 Keep the weights on the CPU, and on the trainer's device only while scoring. Excludes ZeRO-3 and
                 quantisation.
             max_length (`int`, *optional*):
-                Longest input; the preset's, else the model's positions, by default.
-            batch_tokens (`int`, *optional*, defaults to 16384):
-                Padded tokens per forward.
+                Largest number of ids of an input; the preset's, else the model's positions, by default.
+            batch_tokens (`int`, *optional*, defaults to `16384`):
+                Largest number of padded tokens of a forward.
             **loading:
                 Further arguments of `from_pretrained`, such as `revision`, `device_map` or `attn_implementation`.
 
         Raises:
-            ValueError: no preset fits; the checkpoint lacks a key or has one that the preset does not know; a tag or
-                an answer is not one id; `weights_of` holds another backbone.
+            ValueError: no preset fits, or one of the other kind; the checkpoint lacks a key or has one that the preset
+                does not know; a tag or an answer is not one id; `weights_of` has another backbone.
         """
-        if dtype is not None:
-            loading["dtype"] = dtype
-        if quantization_config is not None:
-            loading["quantization_config"] = quantization_config
-        source = find_source(model, loading)
-        model = source.model
-        preset = resolve_preset(model, preset, source.config)
+        location, loading = split_options(loading)
+        chosen = {"dtype": dtype, "quantization_config": quantization_config}
+        loading |= {name: value for name, value in chosen.items() if value is not None}
+        checkpoint = locate_checkpoint(model, location)
+        reward_model = cls._load(
+            checkpoint,
+            resolve_preset(checkpoint.name, preset, checkpoint.config),
+            tokenizer,
+            loading=loading,
+            log_ratio_model=log_ratio_model,
+            weights_of=weights_of,
+            offload=offload,
+        )
+        if max_length is not None:
+            reward_model.max_length = max_length
+        if batch_tokens is not None:
+            reward_model.batch_tokens = batch_tokens
+        return reward_model
+
+    @classmethod
+    def _load(
+        cls,
+        checkpoint: Checkpoint,
+        preset: Preset,
+        tokenizer: Any,
+        *,
+        loading: dict[str, Any],
+        log_ratio_model: str | PreTrainedModel | None,
+        weights_of: "RewardModel | None",
+        offload: bool,
+    ) -> Self:
+        """[`RewardModel.from_pretrained`] of a located checkpoint, as a preset."""
         if preset.kind != cls.kind:
-            raise ValueError(f"'{model}' is of kind '{preset.kind}' (preset '{preset.name}'), not '{cls.kind}'.")
-        if tokenizer is None and weights_of is not None and weights_of.holds(source.base, vocabulary=False):
+            raise ValueError(
+                f"'{checkpoint.name}' is of kind '{preset.kind}' (preset '{preset.name}'), not '{cls.kind}'."
+            )
+        if tokenizer is None and weights_of is not None and weights_of.holds(checkpoint.base_name):
             tokenizer = weights_of.tokenizer
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source.base, **source.base_where)
-        shared = None if weights_of is None else weights_of.scorer
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.base_name, **checkpoint.base_location)
+        # Before the weights are loaded, which takes longer
         preset.rendering.check(tokenizer)
-        scorer = load_scorer(source, preset, tokenizer, reference, shared, offload)
-        if max_length is None:
-            max_length = length_limit(source.config) if preset.max_length is None else preset.max_length
-        reward_model = cls(scorer, tokenizer, preset, model, max_length)
-        if weights_of is not None and weights_of.name == model:
+        scorer = load_scorer(
+            checkpoint,
+            preset,
+            tokenizer,
+            loading=loading,
+            log_ratio_model=log_ratio_model,
+            shared=None if weights_of is None else weights_of.scorer,
+            offload=offload,
+        )
+        max_length = checkpoint.max_positions if preset.max_length is None else preset.max_length
+        reward_model = cls(scorer, tokenizer, preset, checkpoint.name, max_length)
+        if weights_of is not None and weights_of.name == checkpoint.name:
             # Two sources with one name would log over each other
             reward_model.__name__ += f"-{preset.name}"
-        reward_model.batch_tokens = _BATCH_TOKENS if batch_tokens is None else batch_tokens
         return reward_model
 
     def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
-        """Place the model as TRL places its own; from now on all processes run as many forwards as each other."""
+        """
+        Place the model as TRL places its own. From now on all processes run as many forwards as each other.
+
+        Args:
+            accelerator (`Accelerator`):
+                The trainer's.
+            policy_tokenizer (`PreTrainedTokenizerBase`):
+                The policy's.
+            batch_tokens (`int` or `None`):
+                Largest number of padded tokens of a forward; `None` leaves it as it is.
+        """
         self.scorer.prepare(accelerator)
         self.accelerator = accelerator
         if batch_tokens is not None:
             self.batch_tokens = batch_tokens
 
+    def holds(self, base_name: str, *, vocabulary: bool = False) -> bool:
+        """
+        Whether its backbone can be another reward model's.
+
+        Args:
+            base_name (`str`):
+                Id or folder that the other's backbone would be loaded from.
+            vocabulary (`bool`, *optional*, defaults to `False`):
+                Whether the other needs the head over the vocabulary.
+        """
+        backbone = self.scorer.backbone
+        return backbone.name == base_name and (backbone.causal or not vocabulary)
+
+    def inputs_key(self) -> tuple[Any, ...]:
+        """All that decides which input a solution becomes, and what the backbone makes of it."""
+        preset = self.preset
+        model = self.scorer.model
+        inputs = (preset.kind, preset.rendering, preset.mask_tags, self.tokenizer, self.max_length)
+        return *inputs, model.backbone, model.adapter, self.accelerator
+
     def _render(self, problem: str, steps: Sequence[str]) -> Rendered:
         return self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
 
-    def holds(self, source: str, vocabulary: bool) -> bool:
-        """Whether its backbone was loaded from there, with a head over the vocabulary if that is needed."""
-        return self.scorer.backbone.source == source and (self.scorer.backbone.causal or not vocabulary)
-
-    def fed(self) -> tuple[Any, ...]:
-        """What decides on the inputs that completions become, and on the hidden states of those."""
-        preset, scorer = self.preset, self.scorer
-        recipe = (preset.kind, preset.rendering, preset.mask_reads, self.tokenizer, self.max_length)
-        return *recipe, scorer.backbone, scorer.adapter, self.accelerator
-
-    def _read(self, rendered: Sequence[Rendered]) -> list[list[float]]:
-        """Scores at the read positions: those that another reward model's forwards left, the others from its own."""
-        left, self._left = self._left, {}
-        wanted = {_key(one): one for one in rendered if one.read_positions}
-        missing = {key: one for key, one in wanted.items() if key not in left}
-        same_backbone = self.scorer.backbone.reward_models.values()
-        others = [other for other in same_backbone if other is not self and other.fed() == self.fed()]
-        own, *theirs = self._run(list(missing.values()), [self, *others])
-        known = left | dict(zip(missing, own, strict=True))
-        for other, scores in zip(others, theirs, strict=True):
-            # Where some of the batch was known, it is not the first to score it, and others have left more for them
-            kept = other._left if wanted.keys() & left.keys() else {}
-            other._left = kept | dict(zip(missing, scores, strict=True))
-        return [known[_key(one)] if one.read_positions else [] for one in rendered]
+    def _score(self, solutions: Sequence[Rendered]) -> list[list[float]]:
+        """One score for each score position of each solution."""
+        return self.scorer.backbone.shared_scores.score(self, solutions, self._run)
 
     @torch.no_grad()
-    def _run(self, rendered: Sequence[Rendered], together: Sequence["RewardModel"]) -> list[list[list[float]]]:
-        """Scores by each reward model of each solution, from forwards of at most `batch_tokens` tokens."""
-        batches = token_batches([len(one.ids) for one in rendered], self.batch_tokens)
-        scores: list[list[list[float]]] = [[[] for _ in rendered] for _ in together]
-        scorers = [reward_model.scorer for reward_model in together]
+    def _run(self, solutions: Sequence[Rendered], reward_models: Sequence[Any]) -> list[list[list[float]]]:
+        """
+        Run the backbone in batches of at most `batch_tokens` tokens.
+
+        Args:
+            solutions (`Sequence[Rendered]`):
+                The inputs.
+            reward_models (`Sequence[RewardModel]`):
+                This one and others with the same inputs.
+
+        Returns:
+            `list[list[list[float]]]`: for each reward model and each solution, one score for each score position.
+        """
+        batches = token_batches([len(solution.ids) for solution in solutions], self.batch_tokens)
+        scorers = [cast(RewardModel, reward_model).scorer for reward_model in reward_models]
+        scores: list[list[list[float]]] = [[[] for _ in solutions] for _ in scorers]
         log_probs = any(scorer.needs_log_probs for scorer in scorers)
         forwards = len(batches)
         if self.accelerator is not None:
-            counts = torch.tensor([forwards], device=self.accelerator.device)
-            forwards = int(gather(self.accelerator, counts).max())
+            forwards = most_forwards(self.accelerator, forwards, self.accelerator.device)
         with ExitStack() as stack:
-            for backbone in {id(b): b for scorer in scorers for b in scorer.backbones}.values():
-                stack.enter_context(backbone.awake())
-            device = self.scorer.backbone.device
+            # Each once, though several scorers may have it
+            for backbone in dict.fromkeys(backbone for scorer in scorers for backbone in scorer.backbones):
+                stack.enter_context(backbone.on_device())
             for number in tqdm(range(forwards), desc=self.name, delay=_PROGRESS_AFTER_SECONDS, leave=False):
-                # Past the last batch, a single token keeps a sharded model's other processes from waiting for ever
                 rows = batches[number] if number < len(batches) else []
-                solutions = [rendered[row] for row in rows] or [Rendered([0], 0, [])]
-                batch = collate(solutions, 0, self.preset.mask_reads, device)
-                output = self.scorer.run(batch, log_probs)
+                batch = collate(
+                    [solutions[row] for row in rows] or [_EMPTY],
+                    mask_tags=self.preset.mask_tags,
+                    device=self.scorer.backbone.device,
+                )
+                output = self.scorer.model(batch, log_probs)
                 for scorer, own in zip(scorers, scores, strict=True):
-                    values = iter(scorer.read(*output, batch).tolist())
+                    values = iter(scorer.score(output, batch).tolist())
                     for row in rows:
-                        own[row] = [next(values) for _ in rendered[row].read_positions]
+                        own[row] = [next(values) for _ in solutions[row].score_positions]
         return scores
 
 
@@ -195,11 +267,3 @@ def check_solutions(solutions: Sequence[str]) -> None:
     """Raise `TypeError` for a single text, whose letters would be taken for solutions."""
     if isinstance(solutions, str):
         raise TypeError(f"solutions is a text, {solutions!r}; give a list of solutions.")
-
-
-_Key = tuple[tuple[int, ...], int, tuple[int, ...]]
-
-
-def _key(rendered: Rendered) -> _Key:
-    """All that a score depends on, but for the model and whether tags are hidden from attention."""
-    return tuple(rendered.ids), rendered.prompt_length, tuple(rendered.read_positions)

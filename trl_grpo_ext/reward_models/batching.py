@@ -1,7 +1,6 @@
 """Reward-model forwards cut by a token budget, so that their memory follows the budget and not the batch."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,19 +8,21 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..distributed import gather
-from .heads import ReadBatch
+from .readings import RenderedBatch
 from .rendering import Rendered
 
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """
-    Cut completions into batches of at most `max_tokens` padded tokens, longest first.
+    Cut sequences into batches of few padded tokens, longest first.
+
+        padded tokens = number of sequences * longest sequence <= max_tokens
 
     Args:
         lengths (`list[int]`):
-            Tokens of each sequence.
+            Number of tokens of each sequence.
         max_tokens (`int`):
-            Bound on sequences x longest sequence of a batch; a longer sequence makes a batch of its own.
+            Bound on the padded tokens of a batch. A sequence that is longer makes a batch by itself.
 
     Returns:
         `list[list[int]]`: indices into `lengths`, each exactly once.
@@ -36,32 +37,60 @@ def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def collate(rendered: Sequence[Rendered], pad_id: int, mask_reads: bool, device: torch.device) -> ReadBatch:
-    """Pad solutions on the right and note where each is read."""
-    lengths = torch.tensor([len(one.ids) for one in rendered])
-    ids = torch.full((len(rendered), int(lengths.max())), pad_id)
-    for row, one in enumerate(rendered):
-        ids[row, : len(one.ids)] = torch.tensor(one.ids)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    rows = torch.tensor([row for row, one in enumerate(rendered) for _ in one.read_positions], dtype=torch.long)
-    positions = torch.tensor([position for one in rendered for position in one.read_positions], dtype=torch.long)
-    if mask_reads:
-        mask[rows, positions] = 0
-    prompts = torch.tensor([one.prompt_length for one in rendered])
-    return ReadBatch(*(tensor.to(device) for tensor in (ids, mask, rows, positions, prompts)))
+def most_forwards(accelerator: Accelerator, own: int, device: torch.device) -> int:
+    """
+    The largest number of forwards of all processes, for all of them to run.
+
+    In a process that runs more forwards of a sharded model than another one, the model waits for ever.
+    """
+    return int(gather(accelerator, torch.tensor([own], device=device)).max())
+
+
+def collate(solutions: Sequence[Rendered], *, mask_tags: bool, device: torch.device) -> RenderedBatch:
+    """
+    Pad solutions on the right.
+
+    Args:
+        solutions (`Sequence[Rendered]` of length B):
+            The solutions, at least one.
+        mask_tags (`bool`):
+            Whether the score positions are hidden from attention.
+        device (`torch.device`):
+            Where the tensors go.
+
+    Returns:
+        [`~trl_grpo_ext.reward_models.readings.RenderedBatch`]
+    """
+    lengths_B = torch.tensor([len(solution.ids) for solution in solutions])
+    # Any id does as padding: attention does not see it
+    ids_BL = torch.zeros(len(solutions), int(lengths_B.max()), dtype=torch.long)
+    rows: list[int] = []
+    columns: list[int] = []
+    for row, solution in enumerate(solutions):
+        ids_BL[row, : len(solution.ids)] = torch.tensor(solution.ids)
+        rows += [row] * len(solution.score_positions)
+        columns += solution.score_positions
+    rows_R = torch.tensor(rows, dtype=torch.long)
+    columns_R = torch.tensor(columns, dtype=torch.long)
+    mask_BL = (torch.arange(ids_BL.shape[1]) < lengths_B[:, None]).long()
+    if mask_tags:
+        mask_BL[rows_R, columns_R] = 0
+    prompt_lengths_B = torch.tensor([solution.prompt_length for solution in solutions])
+    batch = RenderedBatch(ids_BL, mask_BL, rows_R, columns_R, prompt_lengths_B)
+    return RenderedBatch(*(tensor.to(device) for tensor in batch))
 
 
 class TokenBatchedModel(nn.Module):
     """
-    A sequence-classification reward model that scores its batch in [`token_batches`], in the original order.
+    A sequence-classification reward model that cuts its batch into [`token_batches`].
 
     Args:
         model (`nn.Module`):
             The reward model, as prepared by accelerate; its inputs must be padded on the right.
         max_tokens (`int`):
-            Padded tokens per forward.
+            Largest number of padded tokens of a forward.
         accelerator (`Accelerator`):
-            Used to run as many forwards on every process, without which a sharded model would wait for ever.
+            Tells how many forwards the other processes run, see [`most_forwards`].
     """
 
     def __init__(self, model: nn.Module, max_tokens: int, accelerator: Accelerator):
@@ -71,11 +100,13 @@ class TokenBatchedModel(nn.Module):
         self.accelerator = accelerator
 
     def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
+        """Logits of the whole batch, in its order."""
         lengths = attention_mask.sum(1).tolist()
         batches = token_batches(lengths, self.max_tokens)
-        counts = gather(self.accelerator, torch.tensor([len(batches)], device=attention_mask.device))
-        scored: list[tuple[list[int], Any]] = []
-        for number in range(int(counts.max())):
+        forwards = most_forwards(self.accelerator, len(batches), attention_mask.device)
+        scored: list[tuple[list[int], torch.Tensor]] = []
+        for number in range(forwards):
+            # Past its own last batch, a process runs that one again
             rows = batches[min(number, len(batches) - 1)]
             width = max(lengths[rows[0]], 1)
             cut = {name: values[rows, :width] for name, values in inputs.items()}

@@ -1,49 +1,27 @@
-"""How scores are read from a reward model's hidden states: heads and readings, described by data.
+"""Heads on a backbone: those that presets describe, and the one over the vocabulary of a causal language model."""
 
-Everything is read at given positions only, in float32. Shapes: `B` solutions, `L` their padded ids, `R` read positions
-of all solutions, `O` outputs of a head.
-"""
-
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .readings import RenderedBatch
 
-class ReadBatch(NamedTuple):
-    """
-    Rendered solutions, padded on the right.
 
-    Args:
-        input_ids_BL (`torch.Tensor`):
-            Ids.
-        attention_mask_BL (`torch.Tensor`):
-            1 where attention may look.
-        rows_R, positions_R (`torch.Tensor`):
-            Row and column of each read position.
-        prompt_lengths_B (`torch.Tensor`):
-            Ids before the first step.
-    """
-
-    input_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor
-    rows_R: torch.Tensor
-    positions_R: torch.Tensor
-    prompt_lengths_B: torch.Tensor
-
-    def at_reads(self, values_BLx: torch.Tensor) -> torch.Tensor:
-        """Values at the read positions, in float32."""
-        return values_BLx[self.rows_R, self.positions_R].float()
+# Tokens whose logits over the whole vocabulary exist at the same time
+_CHUNK = 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Heads: what stands on the backbone, under the key names of the checkpoint
+# Heads of presets, under the key names of the checkpoint
 
 
-def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+def _text_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return config.get_text_config().to_dict()
 
 
@@ -58,8 +36,47 @@ def _add(parent: nn.Module, path: str, child: nn.Module) -> None:
     _add(parent.get_submodule(first), rest, child)
 
 
+class Head(ABC):
+    """
+    A head as a preset describes it: which layers it has, under which keys of the checkpoint, and what they compute.
+
+    A preset in YAML names a head of your own by its import path. `outputs` is the number of outputs, O.
+    """
+
+    outputs: int
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
+        """
+        Add the layers, uninitialised.
+
+        Args:
+            model (`PreTrainedModel`):
+                What they are added to, under the names that they have in the checkpoint.
+            config (`PreTrainedConfig`):
+                The checkpoint's config.
+        """
+
+    @abstractmethod
+    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """
+        Outputs at the score positions.
+
+        Args:
+            heads (`PreTrainedModel`):
+                What [`Head.attach`] has added the layers to.
+            hidden_BLH (`torch.Tensor` of shape `(B, L, H)`):
+                Last hidden states of the backbone.
+            batch ([`RenderedBatch`]):
+                The ids and the score positions.
+
+        Returns:
+            `torch.Tensor` of shape `(R, O)`, float32.
+        """
+
+
 @dataclass(frozen=True)
-class LinearHead:
+class LinearHead(Head):
     """
     One linear layer.
 
@@ -81,9 +98,9 @@ class LinearHead:
         bias = self.bias if isinstance(self.bias, bool) else config.to_dict()[self.bias]
         _add(model, self.name, nn.Linear(config.get_text_config().hidden_size, self.outputs, bias=bias))
 
-    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
-        """Outputs at the read positions, of shape `(R, O)`."""
-        return heads.get_submodule(self.name)(batch.at_reads(hidden_BLH))
+    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """Outputs at the score positions, of shape `(R, O)`."""
+        return heads.get_submodule(self.name)(batch.at_score_positions(hidden_BLH))
 
 
 @dataclass(frozen=True)
@@ -97,25 +114,29 @@ class MLPHead(LinearHead):
 
 
 @dataclass(frozen=True)
-class GatedObjectivesHead:
+class GatedObjectivesHead(Head):
     """
-    ArmoRM: several objectives at the last token, weighted by a gate that looks at the prompt (arXiv 2406.12845).
+    ArmoRM: several objectives, weighted by a gate that looks at the prompt (arXiv 2406.12845).
 
-    `score = sum_o g_o (A^T r)_o`, with `r` the objectives' regression at the read position, `A` the matrix
-    `reward_transform_matrix`, and `g = logit_scale * softmax(MLP(h_gate) / temperature)`.
+        score = sum_o g_o (A^T r)_o
+        g = logit_scale * softmax(MLP(h_gate) / temperature)
+
+    `r` is the regression of the objectives at the score position, `A` the matrix `reward_transform_matrix`, and
+    `h_gate` the hidden state at the token that ends the prompt.
 
     Args:
         gate_offset (`int`):
-            Tokens from the start of the answer back to the one that the gate looks at: the token that ends the user's
-            message.
+            Number of tokens from the first one of the answer back to the token that ends the user's message.
     """
 
     gate_offset: int
+    outputs: int = field(default=1, init=False)
 
     def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
         """Add regression, matrix and gate to a model, uninitialised."""
-        sizes = {"num_objectives": 19, "gating_hidden_dim": 1024, "gating_n_hidden": 3, **_fields(config)}
-        objectives, width = sizes["num_objectives"], config.get_text_config().hidden_size
+        sizes = {"num_objectives": 19, "gating_hidden_dim": 1024, "gating_n_hidden": 3, **_text_fields(config)}
+        objectives = sizes["num_objectives"]
+        width = config.get_text_config().hidden_size
         model.add_module("regression_layer", nn.Linear(width, objectives, bias=False))
         model.register_parameter("reward_transform_matrix", nn.Parameter(torch.eye(objectives)))
         widths = [width, *[sizes["gating_hidden_dim"]] * sizes["gating_n_hidden"], objectives]
@@ -123,41 +144,43 @@ class GatedObjectivesHead:
         _add(model, "gating.layers", nn.ModuleList(layers))
         model.get_submodule("gating").register_parameter("logit_scale", nn.Parameter(torch.ones(1)))
 
-    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: ReadBatch) -> torch.Tensor:
-        """The gated score at the read positions, of shape `(R, 1)`."""
-        temperature = {"gating_temperature": 10.0, **_fields(heads.config)}["gating_temperature"]
-        gates_R = batch.prompt_lengths_B[batch.rows_R] - self.gate_offset
-        gate = hidden_BLH[batch.rows_R, gates_R].float()
+    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """The gated score at the score positions, of shape `(R, 1)`."""
+        temperature = {"gating_temperature": 10.0, **_text_fields(heads.config)}["gating_temperature"]
+        gate_columns_R = batch.prompt_lengths_B[batch.rows_R] - self.gate_offset
+        gate = hidden_BLH[batch.rows_R, gate_columns_R].float()
         *inner, last = heads.get_submodule("gating.layers").children()
         for layer in inner:
             gate = F.relu(layer(gate))
         weights_RO = F.softmax(last(gate) / temperature, dim=-1) * heads.get_parameter("gating.logit_scale")
-        objectives_RO = heads.get_submodule("regression_layer")(batch.at_reads(hidden_BLH))
+        objectives_RO = heads.get_submodule("regression_layer")(batch.at_score_positions(hidden_BLH))
         return (weights_RO * (objectives_RO @ heads.get_parameter("reward_transform_matrix"))).sum(-1, keepdim=True)
-
-
-Head = LinearHead | MLPHead | GatedObjectivesHead
 
 
 class Heads(PreTrainedModel):
     """
-    A head described by data, loaded by one `from_pretrained` from a whole model's checkpoint, apart from its backbone.
+    The layers of a [`Head`], loaded by one `from_pretrained` from a whole model's checkpoint, apart from its backbone.
 
-    So the head is float32, unquantised and whole on every device, whatever is done with the backbone.
+    They are float32, unquantised and whole on every device, whatever is done with the backbone.
     """
 
     config_class = PreTrainedConfig
-    # Attention is the backbone's
+    # Attention is the backbone's: without these, transformers refuses an `attn_implementation` of its config
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: PreTrainedConfig, head: Head):
         super().__init__(config)
+        self.description = head
         head.attach(self, config)
         self.post_init()
 
+    def forward(self, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """Outputs at the score positions, of shape `(R, O)`."""
+        return self.description.logits(self, hidden_BLH, batch)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readings: from a head's outputs, or from the vocabulary, to one score per read position
+# The head over the vocabulary
 
 
 def vocabulary_head(model: PreTrainedModel) -> nn.Linear:
@@ -173,9 +196,68 @@ def vocabulary_head(model: PreTrainedModel) -> nn.Linear:
             f"{type(model).__name__} has no plain linear head over the vocabulary but {head}. If it is quantised or "
             "has an adapter, leave it out of that (bitsandbytes: llm_int8_skip_modules)."
         )
-    config = _fields(model.config)
+    config = _text_fields(model.config)
     scaled = {"final_logit_softcapping", "logit_scale", "logits_scaling"} & config.keys()
     found = {name: config[name] for name in scaled if config[name] not in (None, 1)}
     if found:
         raise ValueError(f"{type(model).__name__} changes its logits ({found}); this reading takes them as they are.")
     return head
+
+
+class AnswerLogits(nn.Module):
+    """
+    Logits of a few ids at the score positions, in float32.
+
+    The rows are copied, so that a head that ZeRO-3 shards never has to be gathered for them.
+
+    Args:
+        head (`nn.Linear`):
+            The head over the vocabulary.
+        ids (`Sequence[int]` of length O):
+            The ids.
+    """
+
+    weight_OH: torch.Tensor
+    bias_O: torch.Tensor
+
+    def __init__(self, head: nn.Linear, ids: Sequence[int]):
+        super().__init__()
+        rows = list(ids)
+        bias_O = torch.zeros(len(rows)) if head.bias is None else head.bias.detach()[rows].float()
+        self.register_buffer("weight_OH", head.weight.detach()[rows].float(), persistent=False)
+        self.register_buffer("bias_O", bias_O, persistent=False)
+
+    def forward(self, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """Logits of shape `(R, O)`."""
+        return F.linear(batch.at_score_positions(hidden_BLH), self.weight_OH, self.bias_O)
+
+
+class VocabularyLogProbs(nn.Module):
+    """
+    Log-probability of each id after those before it, over a chunk of tokens at a time.
+
+    This is a module with the head's own weight, so that ZeRO-3 gathers the weight once per forward. Gathered once per
+    chunk, processes with other numbers of chunks would wait for each other for ever.
+
+    Args:
+        head (`nn.Linear`):
+            The model's head over the vocabulary; its weight may be the embedding's.
+    """
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+
+    def forward(self, hidden_BLH: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of shape `(B, L)`, 0 in the first column, in float32 from logits in the head's dtype."""
+        # The hidden state before an id predicts it
+        hidden_MH = hidden_BLH[:, :-1].flatten(0, 1)
+        ids_M = ids_BL[:, 1:].flatten()
+        log_probs = []
+        for chunk_MH, chunk_ids_M in zip(hidden_MH.split(_CHUNK), ids_M.split(_CHUNK), strict=True):
+            logits_MV = F.linear(chunk_MH.to(self.weight), self.weight, self.bias).float()
+            chosen_M = logits_MV.gather(-1, chunk_ids_M.to(logits_MV.device)[:, None])[:, 0]
+            log_probs.append(chosen_M - logits_MV.logsumexp(-1))
+        log_probs_BL = torch.cat(log_probs).view(len(ids_BL), -1).to(hidden_BLH.device)
+        return F.pad(log_probs_BL, (1, 0))

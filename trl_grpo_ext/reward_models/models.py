@@ -1,6 +1,7 @@
 """Process and outcome reward models as reward sources, and what a bare id in `reward_funcs` stands for."""
 
 import math
+import os
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -12,10 +13,11 @@ from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens
 from ..steps.policy_text import assistant_text, last_user_text, policy_steps, step_rewards
 from ..steps.segmentation import Segmentation, segment, split_text
+from .backbone import Scorer
 from .base import RewardModel, check_solutions
-from .presets import Preset
-from .rendering import encode_text
-from .scorers import Scorer
+from .checkpoint import Checkpoint
+from .encoding import encode_text
+from .preset import Preset
 from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
 
 
@@ -23,16 +25,16 @@ class ProcessRewardModel(RewardModel):
     """
     A process reward model: one score for each step of a solution.
 
-    Usable as a reward function of [`GRPOExtTrainer`], where each score sits on its step's last policy token, and by
-    itself.
+    It can be used by itself, and as a reward function of [`GRPOExtTrainer`]. There each score is placed on the last
+    token of its step.
 
     Args:
         scorer, tokenizer, preset, name, max_length:
-            What [`~RewardModel.from_pretrained`] has loaded.
+            As in [`RewardModel`]; [`~RewardModel.from_pretrained`] loads them.
         segmentation ([`Segmentation`], *optional*):
             How completions are split; the preset's by default.
-        policy_tokenizer (*optional*):
-            Tokenizer of the policy, to read `completion_ids` with. The trainer sets it.
+        policy_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer of the policy, which decodes `completion_ids`. The trainer sets it.
 
     Example:
 
@@ -60,16 +62,22 @@ class ProcessRewardModel(RewardModel):
         self.policy_tokenizer = policy_tokenizer
 
     @classmethod
-    def from_pretrained(cls, model: str, *, segmentation: Segmentation | None = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls,
+        model: "str | os.PathLike[str] | Checkpoint",
+        *,
+        segmentation: Segmentation | None = None,
+        **options: Any,
+    ) -> Self:
         """[`RewardModel.from_pretrained`], and `segmentation`: how completions are split, instead of the preset's."""
         reward_model = super().from_pretrained(model, **options)
         if segmentation is not None:
             reward_model.segmentation = segmentation
         return reward_model
 
-    def fed(self) -> tuple[Any, ...]:
-        """[`RewardModel.fed`], and how completions are split."""
-        return *super().fed(), self.segmentation, self.policy_tokenizer
+    def inputs_key(self) -> tuple[Any, ...]:
+        """[`RewardModel.inputs_key`], and how completions are split."""
+        return *super().inputs_key(), self.segmentation, self.policy_tokenizer
 
     def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
         """[`RewardModel.prepare`], and the tokenizer of the policy whose `completion_ids` will come."""
@@ -92,22 +100,21 @@ class ProcessRewardModel(RewardModel):
 
         Raises:
             TypeError: a text where a list of steps belongs.
-            ValueError: an empty step, or as many problems as solutions are not given.
+            ValueError: an empty step, or another number of problems than of solutions.
         """
         if len(problems) != len(steps):
             raise ValueError(f"{len(problems)} problems for {len(steps)} solutions.")
         for index, own in enumerate(steps):
             if isinstance(own, str):
                 raise TypeError(f"solution {index} is a text, {own!r}; give its steps as a list, or use `score`.")
-            if not all(step.strip() for step in own):
-                raise ValueError(
-                    f"solution {index}: step {[bool(step.strip()) for step in own].index(False)} is empty."
-                )
-        rendered = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
-        return [
-            [*values, *[None] * (len(own) - len(values))]
-            for own, values in zip(steps, self._read(rendered), strict=True)
-        ]
+            for number, step in enumerate(own):
+                if not step.strip():
+                    raise ValueError(f"solution {index}: step {number} is empty.")
+        solutions = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
+        scores = []
+        for own, values in zip(steps, self._score(solutions), strict=True):
+            scores.append([*values, *[None] * (len(own) - len(values))])
+        return scores
 
     def split(self, solution: str) -> list[str]:
         """Steps of a solution that is text, by `segmentation`; tokens are those of the reward model."""
@@ -118,7 +125,18 @@ class ProcessRewardModel(RewardModel):
         return [step.text for step in segment(aligned, self.segmentation)]
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[list[float | None]]:
-        """Scores of the steps of solutions to one problem, `None` where unscored."""
+        """
+        Scores of the steps of solutions to one problem.
+
+        Args:
+            problem (`str`):
+                The problem.
+            solutions (`Sequence[str]`):
+                The solutions, which [`~ProcessRewardModel.split`] cuts into steps.
+
+        Returns:
+            `list[list[float | None]]`: as [`~ProcessRewardModel.score_steps`].
+        """
         check_solutions(solutions)
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
@@ -145,15 +163,19 @@ class ProcessRewardModel(RewardModel):
             ValueError: the corrupted step and those after it do not score lower, on average.
         """
         good, bad = self.score_steps([PROBLEM] * 2, [GOOD_STEPS, BAD_STEPS])
-        means = [fmean(math.nan if value is None else value for value in own[CORRUPTED:]) for own in (good, bad)]
-        check_order(self, means[0], means[1], f"{good} and {bad}")
+        check_order(self, _mean_from_corrupted(good), _mean_from_corrupted(bad), f"{good} and {bad}")
+
+
+def _mean_from_corrupted(scores: Sequence[float | None]) -> float:
+    """Mean score of the steps from the corrupted one on, NaN if one of them is not scored."""
+    return fmean(math.nan if score is None else score for score in scores[CORRUPTED:])
 
 
 class OutcomeRewardModel(RewardModel):
     """
     An outcome reward model: one number for each solution.
 
-    Usable as a reward function of [`GRPOExtTrainer`] and by itself.
+    It can be used by itself, and as a reward function of [`GRPOExtTrainer`].
 
     Example:
 
@@ -167,10 +189,21 @@ class OutcomeRewardModel(RewardModel):
     kind = "outcome"
 
     def score_batch(self, problems: Sequence[str], solutions: Sequence[str]) -> list[float | None]:
-        """One number for each solution; `None` for one that does not fit into `max_length`."""
+        """
+        Scores of solutions to several problems.
+
+        Args:
+            problems (`Sequence[str]`):
+                The problem of each solution.
+            solutions (`Sequence[str]`):
+                The solutions.
+
+        Returns:
+            `list[float | None]`: one number for each solution; `None` for one that does not fit into `max_length`.
+        """
         pairs = zip(problems, solutions, strict=True)
-        read = self._read([self._render(problem, [solution]) for problem, solution in pairs])
-        return [values[0] if values else None for values in read]
+        scores = self._score([self._render(problem, [solution]) for problem, solution in pairs])
+        return [values[0] if values else None for values in scores]
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[float | None]:
         """One number for each solution to one problem."""

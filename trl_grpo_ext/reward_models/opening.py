@@ -1,5 +1,6 @@
 """What a bare model id in `reward_funcs` stands for, and how it is loaded."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,18 +11,34 @@ from transformers import AutoModelForSequenceClassification
 from ..rewards.types import PreparedSource
 from .base import RewardModel
 from .batching import TokenBatchedModel
-from .loading import Source, adapter_keys, find_source, resolve_preset, whole_on_every_process
+from .checkpoint import ADAPTER_PREFIX, Checkpoint, locate_checkpoint, split_options, whole_on_every_process
 from .models import OutcomeRewardModel, ProcessRewardModel
-from .presets import Preset, find_preset
+from .preset import Preset
+from .presets import find_preset, resolve_preset
 
 
 def load_reward_model(
-    model: str, preset: Preset | str | None = None, **options: Any
+    model: str | os.PathLike[str] | Checkpoint, preset: Preset | str | None = None, **options: Any
 ) -> ProcessRewardModel | OutcomeRewardModel:
-    """[`RewardModel.from_pretrained`] of the class that is of the preset's kind; by default that which fits."""
-    preset = resolve_preset(model, preset, find_source(model, options).config)
+    """
+    Load a process or an outcome reward model, as its preset says.
+
+    Args:
+        model (`str`, `os.PathLike` or [`~trl_grpo_ext.reward_models.checkpoint.Checkpoint`]):
+            Id on the Hub, folder, or what [`~trl_grpo_ext.reward_models.checkpoint.locate_checkpoint`] has found.
+        preset ([`Preset`] or `str`, *optional*):
+            A preset, the name of one of `PRESETS`, or the path of a YAML file; found by id and config by default.
+        **options:
+            Further arguments of [`~trl_grpo_ext.ProcessRewardModel.from_pretrained`].
+
+    Returns:
+        [`ProcessRewardModel`] or [`OutcomeRewardModel`]
+    """
+    location, options = split_options(options)
+    checkpoint = locate_checkpoint(model, location)
+    preset = resolve_preset(checkpoint.name, preset, checkpoint.config)
     kind = ProcessRewardModel if preset.kind == "process" else OutcomeRewardModel
-    return kind.from_pretrained(model, preset=preset, **options)
+    return kind.from_pretrained(checkpoint, preset=preset, **options)
 
 
 def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any] = ()) -> RewardModel | str:
@@ -43,42 +60,58 @@ def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any]
     Raises:
         ValueError: the checkpoint has no classification head, so that one with random weights would judge.
     """
-    # Presets never need remote code
-    known = {name: value for name, value in loading.items() if name != "trust_remote_code"}
-    source = find_source(model, known)
-    preset = find_preset(model, source.config)
+    location, options = split_options(loading)
+    checkpoint = locate_checkpoint(model, location)
+    preset = find_preset(checkpoint.name, checkpoint.config)
     if preset is None or preset.name == "sequence-classification":
-        _check_classifier(source, loading)
-        return source.model
+        _check_classifier(checkpoint, loading)
+        return checkpoint.name
+    vocabulary = preset.reading.needs_vocabulary
+    for other in opened:
+        if isinstance(other, RewardModel) and other.holds(checkpoint.base_name, vocabulary=vocabulary):
+            return load_reward_model(checkpoint, preset, weights_of=other)
+    # Presets never need remote code
+    options.pop("trust_remote_code", None)
     if PartialState().distributed_type != DistributedType.NO:
         # As TRL does for its own: "auto" spreads a model over the devices of other processes
-        known["device_map"] = None
-    for other in opened:
-        if isinstance(other, RewardModel) and other.holds(source.base, vocabulary=preset.head is None):
-            return load_reward_model(model, preset, weights_of=other, **source.where)
-    return load_reward_model(model, preset, **known)
+        options["device_map"] = None
+    return load_reward_model(checkpoint, preset, **options)
 
 
 def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[Any]:
-    """The sources of `reward_funcs`, ids opened by [`open_reward_model`] and backbones loaded once."""
+    """
+    The sources of `reward_funcs`, with ids opened.
+
+    Args:
+        sources (`Sequence`):
+            Functions, models and ids.
+        loading (`dict[str, Any]`):
+            Arguments of `from_pretrained` for the ids.
+
+    Returns:
+        `list`: what [`open_reward_model`] makes of each id, and all else as it is. A backbone that several ids have is
+        loaded once.
+    """
     opened: list[Any] = []
     for source in sources:
         opened.append(open_reward_model(source, loading, opened) if isinstance(source, str) else source)
     return opened
 
 
-def _check_classifier(source: Source, loading: dict[str, Any]) -> None:
+def _check_classifier(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
     """Raise `ValueError` if TRL, loading the model, would draw some of its weights at random."""
     # No weights are read for the meta device
-    loading = {**loading, **source.base_where, "num_labels": 1, "output_loading_info": True, "device_map": "meta"}
+    options = {**loading, **checkpoint.base_location, "num_labels": 1, "output_loading_info": True}
+    options["device_map"] = "meta"
     with whole_on_every_process():
-        _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(source.base, **loading))
-    missing = set(info["missing_keys"]) - adapter_keys(source)
+        _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(checkpoint.base_name, **options))
+    brought = {key.removeprefix(ADAPTER_PREFIX) for key in checkpoint.adapter_weights()}
+    missing = set(info["missing_keys"]) - brought
     if missing:
         raise ValueError(
-            f"reward_funcs: '{source.model}' fits no preset, and as a sequence classifier its weights "
+            f"reward_funcs: '{checkpoint.name}' fits no preset, and as a sequence classifier its weights "
             f"{', '.join(sorted(missing))} would be random. Load it with ProcessRewardModel or "
-            "OutcomeRewardModel and a Preset that says how it is fed and read."
+            "OutcomeRewardModel and a Preset that says how it is loaded, rendered and read."
         )
 
 
@@ -94,7 +127,7 @@ def prepare_reward_sources(
         accelerator (`Accelerator`):
             Places reward models.
         policy_tokenizer (`PreTrainedTokenizerBase`):
-            Reads the policy's `completion_ids`.
+            Decodes the policy's `completion_ids`.
         batch_tokens (`int` or `None`):
             Largest number of padded tokens in one forward of a model; `None` for no bound.
 

@@ -1,140 +1,18 @@
-"""The reward models that people use, as data: what each is fed, where its score is read, and how it is loaded."""
+"""The reward models that people use, as presets, and which preset a model has."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from fnmatch import fnmatch
-from pathlib import Path
-from typing import Any, Literal
 
-import yaml
 from transformers import PreTrainedConfig
 
 from ..steps.segmentation import Segmentation
-from .heads import GatedObjectivesHead, Head, LinearHead, MLPHead
-from .readings import LabelSoftmax, LogRatio, Reading, SequenceScalar, TokenPair, Sigmoid
-from .rendering import Bare, Rendering, Tagged, Turns
+from .heads import GatedObjectivesHead, LinearHead, MLPHead
+from .preset import Preset
+from .readings import LabelSoftmax, LogRatio, SequenceScalar, Sigmoid, TokenPair
+from .rendering import Bare, Tagged, Turns
 
 
 _QWEN_MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 _ACEMATH_SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
-
-# Classes that a preset may name in YAML
-_TYPES = {
-    cls.__name__: cls
-    for cls in (
-        *(Tagged, Turns, Bare, Segmentation),
-        *(LinearHead, MLPHead, GatedObjectivesHead),
-        *(LabelSoftmax, TokenPair, Sigmoid, LogRatio, SequenceScalar),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """
-    How a reward model is loaded, fed and read.
-
-    Args:
-        name (`str`):
-            Its name, as in `from_pretrained(..., preset="math-shepherd")`.
-        kind (`str`):
-            `"process"`, a score for each step, or `"outcome"`, one for the solution.
-        rendering ([`Tagged`], [`Turns`] or [`Bare`]):
-            Problem and steps to ids.
-        reading ([`LabelSoftmax`], [`TokenPair`], [`Sigmoid`], [`LogRatio`] or [`SequenceScalar`]):
-            Hidden states to scores.
-        head ([`LinearHead`], [`MLPHead`] or [`GatedObjectivesHead`], *optional*):
-            What stands on the backbone. Without one the model is a causal language model.
-        models (`tuple[str, ...]`, *optional*):
-            Patterns of model ids, such as `"Qwen/Qwen2.5-Math-PRM-*"`; a folder is known by its last part.
-        architectures (`tuple[str, ...]`, *optional*):
-            Patterns of the config's `architectures`, for models whose id says nothing.
-        labels (`int`, *optional*):
-            Number of labels that the config must have, for `architectures` that alone do not say enough.
-        stray_keys (`tuple[str, ...]`, *optional*):
-            Patterns of checkpoint keys that are known not to be used.
-        segmentation ([`Segmentation`], *optional*):
-            How completions are split into steps.
-        semantics (`str`, *optional*):
-            `"value"` (can this still be solved), `"correctness"` (is this step right) or `"reward"`.
-        reduce (`str`, *optional*, defaults to `"min"`):
-            How steps become one number under outcome supervision: `last` suits values, `min` correctness.
-        max_length (`int`, *optional*):
-            Longest input; the positions of the model's config by default.
-        mask_reads (`bool`, *optional*, defaults to `False`):
-            Whether tags are hidden from attention.
-        reference (`str`, *optional*):
-            Id of the second model of a [`LogRatio`].
-    """
-
-    name: str
-    kind: Literal["process", "outcome"]
-    rendering: Rendering
-    reading: Reading
-    head: Head | None = None
-    models: tuple[str, ...] = ()
-    architectures: tuple[str, ...] = ()
-    labels: int | None = None
-    stray_keys: tuple[str, ...] = ()
-    segmentation: Segmentation = Segmentation()
-    semantics: Literal["value", "correctness", "reward"] = "correctness"
-    reduce: str = "min"
-    max_length: int | None = None
-    mask_reads: bool = False
-    reference: str | None = None
-
-    def __post_init__(self) -> None:
-        reads_vocabulary = isinstance(self.reading, (TokenPair, LogRatio))
-        if reads_vocabulary == (self.head is not None):
-            need = "reads the vocabulary and takes no head" if reads_vocabulary else "needs a head"
-            raise ValueError(f"preset '{self.name}': {type(self.reading).__name__} {need}; head is {self.head}.")
-        if isinstance(self.head, LinearHead) and isinstance(self.reading, LabelSoftmax):
-            wrong = [index for index in self.reading.indices if not 0 <= index < self.head.outputs]
-            if wrong:
-                raise ValueError(f"preset '{self.name}': label {wrong[0]} of a head with {self.head.outputs} outputs.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Preset":
-        """
-        A preset from plain data, in which rendering, reading, head and segmentation are mappings with a `type`.
-
-        Raises:
-            ValueError: an unknown type or field.
-        """
-        return _build(cls, values, "preset")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> "Preset":
-        """[`Preset.from_dict`] of a YAML file."""
-        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected fields of {cls.__name__}, got {values!r}.")
-    known = {field.name: field for field in fields(cls)}
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise ValueError(f"{where}: unknown field '{unknown[0]}' of {cls.__name__}; known: {', '.join(known)}.")
-    missing = [name for name in ("name", "kind", "rendering", "reading") if cls is Preset and name not in values]
-    if missing:
-        raise ValueError(f"{where}: field '{missing[0]}' is missing.")
-    return cls(**{name: _value(value, f"{where}.{name}") for name, value in values.items()})
-
-
-def _value(value: Any, where: str) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, Mapping):
-        return value
-    fields_of = dict(value)
-    name = fields_of.pop("type", None)
-    if name is None and where.endswith(".segmentation"):
-        name = "Segmentation"
-    if name not in _TYPES:
-        raise ValueError(f"{where}: unknown type {name!r}; known: {', '.join(_TYPES)}.")
-    return _build(_TYPES[name], fields_of, where)
-
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -190,7 +68,7 @@ PRESETS: dict[str, Preset] = {
             reading=LogRatio(beta=0.001),
             semantics="reward",
             reduce="last",
-            reference="Qwen/Qwen2.5-Math-7B-Instruct",
+            log_ratio_model="Qwen/Qwen2.5-Math-7B-Instruct",
         ),
         Preset(
             name="trl-prm",
@@ -214,7 +92,7 @@ PRESETS: dict[str, Preset] = {
             kind="process",
             rendering=Tagged(tag=" \n\n\n\n\n", first=" "),
             reading=TokenPair(good=" +", bad=" -"),
-            mask_reads=True,
+            mask_tags=True,
         ),
         Preset(
             name="reason-eval",
@@ -280,9 +158,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def _matches_id(pattern: str, model: str) -> bool:
+    name = model.rstrip("/").lower().replace("\\", "/")
+    pattern = pattern.lower()
     # A folder, wherever it is, is known by its last part
-    name, last = model.rstrip("/").lower(), pattern.lower().split("/")[-1]
-    return fnmatch(name, pattern.lower()) or fnmatch(name.replace("\\", "/").split("/")[-1], last)
+    return fnmatch(name, pattern) or fnmatch(name.split("/")[-1], pattern.split("/")[-1])
 
 
 def find_preset(model: str, config: PreTrainedConfig | None = None) -> Preset | None:
@@ -293,7 +172,7 @@ def find_preset(model: str, config: PreTrainedConfig | None = None) -> Preset | 
         model (`str`):
             Id on the Hub, or folder.
         config (`PreTrainedConfig`, *optional*):
-            Its config, whose `architectures` are looked at.
+            Its config, whose `architectures` tell what an id does not.
     """
     for preset in PRESETS.values():
         if any(_matches_id(pattern, model) for pattern in preset.models):
@@ -304,3 +183,30 @@ def find_preset(model: str, config: PreTrainedConfig | None = None) -> Preset | 
         if config is not None and fits and preset.labels in (None, config.num_labels):
             return preset
     return None
+
+
+def resolve_preset(model: str, preset: Preset | str | None, config: PreTrainedConfig | None = None) -> Preset:
+    """
+    The preset to load a model with.
+
+    Args:
+        model (`str`):
+            Id on the Hub, or folder.
+        preset ([`Preset`] or `str`, *optional*):
+            A preset, the name of one of `PRESETS`, or the path of a YAML file; the one that [`find_preset`] finds by
+            default.
+        config (`PreTrainedConfig`, *optional*):
+            The model's config.
+
+    Raises:
+        ValueError: an unknown name, or a model that no preset fits.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if preset is not None and preset.endswith((".yaml", ".yml")):
+        return Preset.from_yaml(preset)
+    found = find_preset(model, config) if preset is None else PRESETS.get(preset)
+    if found is None:
+        what = f"no preset fits '{model}'" if preset is None else f"there is no preset '{preset}'"
+        raise ValueError(f"{what}; pass preset= as one of {', '.join(PRESETS)}, a YAML file or a Preset of your own.")
+    return found

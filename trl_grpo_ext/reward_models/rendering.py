@@ -1,130 +1,101 @@
-"""Problem and steps to a reward model's ids, piece by piece, with the positions where its scores are read.
+"""
+Problem and steps to a reward model's ids, piece by piece, with the positions where its scores are.
 
-What the user and the policy wrote is tokenized apart from the tags and the template, and never as special tokens: text
-that looks like a tag stays text, and the read positions are remembered while the ids are put together.
+The score positions are noted while the ids are put together, so that a text that looks like a tag adds none.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-
-# Stand-ins for the texts in a chat template: private-use characters, which no template treats in a special way
-_TEXT = "\ue000text{}\ue001"
-
-# The word boundary that SentencePiece tokenizers write, also before the first word of every text that they are given
-_WORD_START = "▁"
+from .encoding import chat_frame, continue_text, continue_with, encode_template, encode_text, one_id
 
 
 class Rendered(NamedTuple):
     """
-    One solution as a reward model reads it.
+    One solution as a reward model's input.
 
     Args:
         ids (`list[int]`):
-            The model's input.
+            The ids.
         prompt_length (`int`):
-            Ids before the first step.
-        read_positions (`list[int]`):
-            Index into `ids` for each scored step, increasing; the steps that did not fit have none.
+            Number of ids before the first step.
+        score_positions (`list[int]`):
+            Index into `ids` of each step's score, increasing. The steps that did not fit are the last ones, and have
+            none.
     """
 
     ids: list[int]
     prompt_length: int
-    read_positions: list[int]
+    score_positions: list[int]
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text of its own; special tokens in it are plain text, and none are added."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
-
-
-def _encode_template(tokenizer: Any, text: str) -> list[int]:
-    """Ids of what the template or the preset says, where special tokens are meant."""
-    return tokenizer.encode(text, add_special_tokens=False) if text else []
-
-
-@lru_cache(maxsize=16)
-def _newline_anchor(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of a newline, for a tokenizer that puts a space before every text; empty for one that does not."""
-    if not tokenizer.convert_ids_to_tokens(encode_text(tokenizer, "a"))[0].startswith(_WORD_START):
-        return ()
-    return tuple(encode_text(tokenizer, "\n"))
-
-
-def _continued(tokenizer: Any, text: str, encode: Callable[[Any, str], list[int]]) -> list[int]:
-    # SentencePiece puts a space before every text. A newline, which merges with nothing there, takes it and is cut off
-    anchor = _newline_anchor(tokenizer)
-    if not anchor or not text:
-        return encode(tokenizer, text)
-    ids = encode(tokenizer, "\n" + text)
-    if tuple(ids[: len(anchor)]) != anchor:
-        raise ValueError(f"this tokenizer merges the newline before {text!r}: {ids} does not start with {anchor}.")
-    return ids[len(anchor) :]
-
-
-def continue_text(tokenizer: Any, text: str) -> list[int]:
-    """[`encode_text`] for a text that follows another: without the space that SentencePiece puts before a text."""
-    return _continued(tokenizer, text, encode_text)
-
-
-def one_id(tokenizer: Any, text: str, role: str) -> int:
+class RenderedStep(NamedTuple):
     """
-    The id of a tag or an answer, as it follows other text.
+    One step as a part of the input.
 
-    Raises:
-        ValueError: it is not exactly one id in this tokenizer; the message shows the ids.
+    Args:
+        ids (`list[int]`):
+            The step's ids, with its tag or its answer.
+        score_offset (`int`):
+            Index into `ids` of its score.
     """
-    ids = _continued(tokenizer, text, _encode_template)
-    if len(ids) != 1:
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        raise ValueError(f"the {role} {text!r} must be one id in this tokenizer; it is {ids} ({tokens}).")
-    return ids[0]
+
+    ids: list[int]
+    score_offset: int
 
 
-def chat_frame(tokenizer: Any, roles: Sequence[str], system: str | None = None) -> list[str]:
+class Rendering(ABC):
     """
-    What a chat template puts around messages: `len(roles) + 1` strings, before, between and after their texts.
+    How a problem and the steps of a solution become a reward model's input.
 
-    Raises:
-        ValueError: the template drops or repeats a message.
+    A preset in YAML names a rendering of your own by its import path.
     """
-    # The template, which may be replaced, is part of the key
-    return list(_chat_frame(tokenizer, str(tokenizer.chat_template), tuple(roles), system))
 
+    def check(self, tokenizer: Any) -> None:  # noqa: B027  (most renderings suit every tokenizer)
+        """Raise `ValueError` if the tokenizer does not suit, such as a tag that is not exactly one id."""
 
-@lru_cache(maxsize=16)
-def _chat_frame(tokenizer: Any, template: str, roles: tuple[str, ...], system: str | None) -> list[str]:
-    marks = [_TEXT.format(number) for number in range(len(roles))]
-    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    rest = tokenizer.apply_chat_template(messages, tokenize=False)
-    frame = []
-    for role, mark in zip(roles, marks, strict=True):
-        if rest.count(mark) != 1:
-            raise ValueError(f"the chat template writes a message of the {role} {rest.count(mark)} times, not once.")
-        before, rest = rest.split(mark)
-        frame.append(before)
-    return [*frame, rest]
+    @abstractmethod
+    def prompt_ids(self, tokenizer: Any, problem: str) -> list[int]:
+        """Ids before the first step."""
 
+    @abstractmethod
+    def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
+        """Ids of each step in turn."""
 
-def _assemble(prompt: list[int], steps: Iterable[tuple[list[int], int]], max_length: int | None) -> Rendered:
-    """Join a prompt and (ids, offset of the read position in them) of each step, as long as whole steps fit."""
-    ids, positions = list(prompt), []
-    for step_ids, offset in steps:
-        if max_length is not None and len(ids) + len(step_ids) > max_length:
-            break
-        positions.append(len(ids) + offset)
-        ids += step_ids
-    return Rendered(ids, len(prompt), positions)
+    def render(self, tokenizer: Any, problem: str, steps: Sequence[str], max_length: int | None = None) -> Rendered:
+        """
+        Put the input together from whole steps.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`):
+                The reward model's own.
+            problem (`str`):
+                The problem.
+            steps (`Sequence[str]`):
+                The steps of one solution.
+            max_length (`int`, *optional*):
+                Largest number of ids; the first step that would pass it and all after it are left out.
+
+        Returns:
+            [`Rendered`]
+        """
+        ids = list(self.prompt_ids(tokenizer, problem))
+        prompt_length = len(ids)
+        score_positions = []
+        for step in self.step_ids(tokenizer, steps):
+            if max_length is not None and len(ids) + len(step.ids) > max_length:
+                break
+            score_positions.append(len(ids) + step.score_offset)
+            ids += step.ids
+        return Rendered(ids, prompt_length, score_positions)
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class _Prompted(Rendering):
     """
-    What stands before the steps, and the fields that all renderings share.
+    What stands before the steps, and the fields that the renderings of this module share.
 
     Args:
         prompt (`str`, *optional*, defaults to `"{problem}"`):
@@ -160,53 +131,57 @@ class _Prompt:
     def _question(self, problem: str) -> str:
         return self.prompt.replace("{problem}", problem)
 
-    def _open(self, tokenizer: Any, problem: str) -> tuple[list[int], list[int]]:
-        """Ids before the first step and after the last one."""
+    def prompt_ids(self, tokenizer: Any, problem: str) -> list[int]:
+        """Ids of the question, in the frame of the chat template or after the beginning-of-sequence id."""
         question = self._question(problem)
         if self.chat:
-            before, between, after = chat_frame(tokenizer, ["user", "assistant"], self.system)
-            ids = _encode_template(tokenizer, before) + continue_text(tokenizer, question)
-            return ids + _encode_template(tokenizer, between), _encode_template(tokenizer, after)
+            before, between, _ = chat_frame(tokenizer, ["user", "assistant"], self.system)
+            ids = encode_template(tokenizer, before) + continue_text(tokenizer, question)
+            return ids + encode_template(tokenizer, between)
         bos = [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
-        return bos + encode_text(tokenizer, question), []
+        return bos + encode_text(tokenizer, question)
 
-    def _lead(self, number: int) -> str:
-        return self.between if number else self.first
+    def _step_texts(self, steps: Sequence[str]) -> list[str]:
+        """The steps, each after `first` or `between`."""
+        return [(self.between if number else self.first) + step for number, step in enumerate(steps)]
 
 
 @dataclass(frozen=True)
-class Tagged(_Prompt):
+class Tagged(_Prompted):
     """
-    Every step is followed by a tag, and its score is read at the tag.
+    Every step is followed by a tag, and its score is at the tag.
 
     Args:
-        tag (`str`):
+        tag (`str`, *optional*, defaults to `"\\n"`):
             The tag, exactly one id.
         single (`bool`, *optional*, defaults to `True`):
-            `False` allows a separator of several ids; the score is read at the last one.
+            `False` allows a separator of several ids; the score is at the last one.
     """
 
     tag: str = "\n"
     single: bool = True
 
-    def check(self, tokenizer: Any) -> list[int]:
-        """Ids of the tag; `ValueError` if there is not exactly one."""
+    def _tag_ids(self, tokenizer: Any) -> list[int]:
         if self.single:
             return [one_id(tokenizer, self.tag, "tag")]
-        return _continued(tokenizer, self.tag, _encode_template)
+        return continue_with(tokenizer, self.tag, encode_template)
 
-    def render(self, tokenizer: Any, problem: str, steps: Sequence[str], max_length: int | None = None) -> Rendered:
-        """Ids and read positions of one solution; steps that would pass `max_length` are left out, from the end."""
-        tag = self.check(tokenizer)
-        prompt, _ = self._open(tokenizer, problem)
-        texts = (continue_text(tokenizer, self._lead(number) + step) for number, step in enumerate(steps))
-        return _assemble(prompt, ((ids + tag, len(ids) + len(tag) - 1) for ids in texts), max_length)
+    def check(self, tokenizer: Any) -> None:
+        """Raise `ValueError` if the tag is not exactly one id."""
+        self._tag_ids(tokenizer)
+
+    def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
+        """Ids of each step and its tag."""
+        tag = self._tag_ids(tokenizer)
+        for text in self._step_texts(steps):
+            ids = continue_text(tokenizer, text) + tag
+            yield RenderedStep(ids, len(ids) - 1)
 
 
 @dataclass(frozen=True)
-class Turns(_Prompt):
+class Turns(_Prompted):
     """
-    Every step is a message of the user, and its score is read where the model predicts the assistant's answer.
+    Every step is a message of the user, and its score is where the model predicts the assistant's answer.
 
     The first message is the question, `first` and the first step.
 
@@ -219,29 +194,35 @@ class Turns(_Prompt):
     chat: bool = True
     answer: str = "+"
 
-    def check(self, tokenizer: Any) -> list[int]:
-        """Id of the answer; `ValueError` if there is not exactly one."""
-        return [one_id(tokenizer, self.answer, "answer")]
+    def check(self, tokenizer: Any) -> None:
+        """Raise `ValueError` if the answer is not exactly one id."""
+        one_id(tokenizer, self.answer, "answer")
 
-    def render(self, tokenizer: Any, problem: str, steps: Sequence[str], max_length: int | None = None) -> Rendered:
-        """Ids and read positions of one solution; steps that would pass `max_length` are left out, from the end."""
-        answer = self.check(tokenizer)
+    def _frame(self, tokenizer: Any) -> list[list[int]]:
+        """Ids before the first message, before an answer, and between an answer and the next step."""
         frame = chat_frame(tokenizer, ["user", "assistant"] * 2, self.system)
-        opening, to_answer, to_user = (_encode_template(tokenizer, text) for text in frame[:3])
-        prompt = opening + continue_text(tokenizer, self._question(problem))
+        return [encode_template(tokenizer, text) for text in frame[:3]]
 
-        def turns() -> Iterable[tuple[list[int], int]]:
-            for number, step in enumerate(steps):
-                ids = (to_user if number else []) + continue_text(tokenizer, self._lead(number) + step) + to_answer
-                yield ids + answer, len(ids) - 1
+    def prompt_ids(self, tokenizer: Any, problem: str) -> list[int]:
+        """Ids of the question, which begins the first message."""
+        opening, _, _ = self._frame(tokenizer)
+        return opening + continue_text(tokenizer, self._question(problem))
 
-        return _assemble(prompt, turns(), max_length)
+    def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
+        """Ids of each step and of the answer to it."""
+        answer = one_id(tokenizer, self.answer, "answer")
+        _, to_answer, to_user = self._frame(tokenizer)
+        for number, text in enumerate(self._step_texts(steps)):
+            opening = to_user if number else []
+            ids = opening + continue_text(tokenizer, text) + to_answer
+            # The answer is predicted at the token before it
+            yield RenderedStep([*ids, answer], len(ids) - 1)
 
 
 @dataclass(frozen=True)
-class Bare(_Prompt):
+class Bare(_Prompted):
     """
-    Steps without tags; a score is read at each step's last token.
+    Steps without tags; the score is at each step's last token.
 
     Args:
         after (`str`, *optional*, defaults to `""`):
@@ -250,31 +231,31 @@ class Bare(_Prompt):
             How much of what the chat template writes after the last step belongs to it: `"none"`, `"first"` (the token
             that ends the message) or `"all"`.
         apart (`bool`, *optional*, defaults to `False`):
-            Whether each step is tokenized as a text of its own, for models whose training data was.
+            Whether each step is tokenized as a text by itself, for models whose training data was.
     """
 
     after: str = ""
     closing: Literal["none", "first", "all"] = "none"
     apart: bool = False
 
-    def check(self, tokenizer: Any) -> list[int]:
-        """Nothing has to be one id here."""
-        return []
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.closing not in ("none", "first", "all"):
+            raise ValueError(f"closing is {self.closing!r}; known: none, first, all.")
 
-    def render(self, tokenizer: Any, problem: str, steps: Sequence[str], max_length: int | None = None) -> Rendered:
-        """Ids and read positions of one solution; steps that would pass `max_length` are left out, from the end."""
-        prompt, closing = self._open(tokenizer, problem)
-        closing = {"none": [], "first": closing[:1], "all": closing}[self.closing]
+    def _closing_ids(self, tokenizer: Any) -> list[int]:
+        if not self.chat or self.closing == "none":
+            return []
+        ids = encode_template(tokenizer, chat_frame(tokenizer, ["user", "assistant"], self.system)[-1])
+        return ids[:1] if self.closing == "first" else ids
+
+    def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
+        """Ids of each step and of what is written after it."""
         encode = encode_text if self.apart else continue_text
-
-        def blocks() -> Iterable[tuple[list[int], int]]:
-            for number, step in enumerate(steps):
-                last = number == len(steps) - 1
-                ids = encode(tokenizer, self._lead(number) + step + ("" if last else self.after))
-                ids += closing if last else []
-                yield ids, len(ids) - 1
-
-        return _assemble(prompt, blocks(), max_length)
-
-
-Rendering = Tagged | Turns | Bare
+        texts = self._step_texts(steps)
+        for text in texts[:-1]:
+            ids = encode(tokenizer, text + self.after)
+            yield RenderedStep(ids, len(ids) - 1)
+        for text in texts[-1:]:
+            ids = encode(tokenizer, text) + self._closing_ids(tokenizer)
+            yield RenderedStep(ids, len(ids) - 1)

@@ -124,7 +124,7 @@ class RemoteRewardModel:
             if attempt:
                 await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
             try:
-                # httpx bounds each read; a server that trickles would never end
+                # The time-outs of httpx are those of one packet; an answer that trickles in would never end
                 response = await asyncio.wait_for(client.post(address, json=payload), self.timeout)
             except asyncio.TimeoutError:
                 raise RewardServerError(f"no answer within {self.timeout} s.") from None
@@ -150,7 +150,7 @@ class RemoteRewardModel:
             try:
                 async with gate:
                     received = await self._post(client, address, request.payload)
-                return counted(request.read(received), request.completions, "the answer")
+                return counted(request.parse(received), request.completions, "the answer")
             except RewardServerError as error:
                 message = f"reward server {address}, {request.completions} completion(s): {error}"
                 if self.on_failure == "raise":
@@ -194,7 +194,7 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         segmentation (`Segmentation`, *optional*, defaults to `Segmentation()`):
             How completions are cut into steps.
         policy_tokenizer (*optional*):
-            The policy's tokenizer, which the completions are read with; the trainer sets it.
+            The policy's tokenizer, which decodes the completions; the trainer sets it.
         reduce (`str`, *optional*, defaults to `"min"`):
             How the steps become one number under outcome supervision.
         labels (`Sequence[int]`, *optional*, defaults to `(-1,)`):
@@ -249,8 +249,8 @@ class RemoteProcessRewardModel(RemoteRewardModel):
     async def _ask_vllm(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
         rendered = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
         requests = [
-            vllm_steps(self.model, ids, read_positions, len(own), self.labels) if read_positions else None
-            for (ids, _, read_positions), own in zip(rendered, steps, strict=True)
+            vllm_steps(self.model, ids, score_positions, len(own), self.labels) if score_positions else None
+            for (ids, _, score_positions), own in zip(rendered, steps, strict=True)
         ]
         return await self._ask_some(VLLM_STEPS_PATH, requests, [[None] * len(own) for own in steps])
 
@@ -294,6 +294,6 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
         if self.rendering is None:
             chat = [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
             return vllm_outcome(self.model, messages=chat)
-        ids, _, read_positions = self._render(problem, [solution])
+        ids, _, score_positions = self._render(problem, [solution])
         # A solution that does not fit would be judged by its problem alone
-        return vllm_outcome(self.model, input=ids) if read_positions else None
+        return vllm_outcome(self.model, input=ids) if score_positions else None

@@ -1,4 +1,4 @@
-"""What reward servers are sent and how their answers are read: OpenRLHF's protocol and vLLM's, without HTTP."""
+"""What reward servers are sent and how their answers are parsed: OpenRLHF's protocol and vLLM's, without HTTP."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,8 +6,9 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 
-# One completion's steps, None where unscored; or one number; None for the whole where the server failed
+# The scores of one completion's steps, None for a step without one; None in place of the list where the server failed
 StepScores = list[float | None] | None
+# The score of one completion, None where there is none
 Score = float | None
 
 OPENRLHF_PATH = "/get_reward"
@@ -22,20 +23,43 @@ class RewardServerError(RuntimeError):
 
 
 class Request(NamedTuple):
-    """What is sent for neighbouring completions, how many they are, and how the answer becomes a score for each."""
+    """
+    A request for the scores of a few completions.
+
+    Args:
+        payload (`dict[str, Any]`):
+            What is sent, as JSON.
+        completions (`int`):
+            Number of completions.
+        parse (`Callable[[Any], list[Any]]`):
+            Maps the answer's JSON to one score for each completion, or raises [`RewardServerError`].
+    """
 
     payload: dict[str, Any]
     completions: int
-    read: Callable[[Any], list[Any]]
+    parse: Callable[[Any], list[Any]]
 
 
 def shown(value: Any) -> str:
-    """`value` as errors show it."""
+    """The beginning of a value as text, for errors."""
     return str(value)[:_SHOWN_CHARACTERS]
 
 
 def counted(values: Any, count: int, what: str) -> list[Any]:
-    """`values` if they are a list of `count`, else [`RewardServerError`]."""
+    """
+    A list of the right length.
+
+    Args:
+        values (`Any`):
+            A part of an answer.
+        count (`int`):
+            The number of entries that it must have.
+        what (`str`):
+            Names it in errors.
+
+    Raises:
+        RewardServerError: no list, or one of another length.
+    """
     if not isinstance(values, list):
         raise RewardServerError(f"{what} is {shown(values)!r}, not a list.")
     if len(values) != count:
@@ -60,7 +84,18 @@ def _number_or_none(value: Any, what: str) -> float | None:
 
 
 def openrlhf_steps(problems: Sequence[str], steps: Sequence[Sequence[str]]) -> Request:
-    """OpenRLHF's protocol with `steps`; the answer's `step_scores` has one number or null for each."""
+    """
+    A request of OpenRLHF's protocol, extended by steps.
+
+    Args:
+        problems (`Sequence[str]`):
+            The problem of each completion.
+        steps (`Sequence[Sequence[str]]`):
+            The steps of each completion.
+
+    Returns:
+        [`Request`]: the answer's `step_scores` must have one number or null for each step.
+    """
     payload = {
         "query": [problem + "\n\n".join(own) for problem, own in zip(problems, steps, strict=True)],
         "prompts": list(problems),
@@ -68,7 +103,7 @@ def openrlhf_steps(problems: Sequence[str], steps: Sequence[Sequence[str]]) -> R
         "steps": [list(own) for own in steps],
     }
 
-    def read(answer: Any) -> list[StepScores]:
+    def parse(answer: Any) -> list[StepScores]:
         scores: list[StepScores] = []
         listed = counted(_entry(answer, "step_scores"), len(problems), "`step_scores`")
         for row, (values, own) in enumerate(zip(listed, steps, strict=True)):
@@ -77,22 +112,35 @@ def openrlhf_steps(problems: Sequence[str], steps: Sequence[Sequence[str]]) -> R
             scores.append([_number_or_none(value, f"{where}[{step}]") for step, value in enumerate(values)])
         return scores
 
-    return Request(payload, len(problems), read)
+    return Request(payload, len(problems), parse)
 
 
 def openrlhf_outcomes(problems: Sequence[str], solutions: Sequence[str], labels: Sequence[Any]) -> Request:
-    """OpenRLHF's protocol; the answer's `rewards` has one number or null for each completion."""
+    """
+    A request of OpenRLHF's protocol.
+
+    Args:
+        problems (`Sequence[str]`):
+            The problem of each completion.
+        solutions (`Sequence[str]`):
+            The completions.
+        labels (`Sequence[Any]`):
+            What the server may compare each completion with.
+
+    Returns:
+        [`Request`]: the answer's `rewards` must have one number or null for each completion.
+    """
     payload = {
         "query": [problem + solution for problem, solution in zip(problems, solutions, strict=True)],
         "prompts": list(problems),
         "labels": list(labels),
     }
 
-    def read(answer: Any) -> list[Score]:
+    def parse(answer: Any) -> list[Score]:
         values = counted(_entry(answer, "rewards"), len(problems), "`rewards`")
         return [_number_or_none(value, f"`rewards[{row}]`") for row, value in enumerate(values)]
 
-    return Request(payload, len(problems), read)
+    return Request(payload, len(problems), parse)
 
 
 def _vllm_payload(model: str | None, **content: Any) -> dict[str, Any]:
@@ -100,42 +148,67 @@ def _vllm_payload(model: str | None, **content: Any) -> dict[str, Any]:
 
 
 def vllm_steps(
-    model: str | None, ids: Sequence[int], read_positions: Sequence[int], steps: int, labels: Sequence[int]
+    model: str | None, ids: Sequence[int], score_positions: Sequence[int], steps: int, labels: Sequence[int]
 ) -> Request:
     """
-    vLLM's token classification of one rendered completion.
+    A request of vLLM's token classification of one rendered completion.
 
     A server with a `step_tag_id` answers one row of probabilities per such id, also for one that the policy wrote; any
-    other server one row per token. Only the rows of the read positions count. Steps at the end that truncation left
-    without a read position get `None`.
+    other server one row per token. Only the rows of the score positions count.
+
+    Args:
+        model (`str` or `None`):
+            Name of the served model.
+        ids (`Sequence[int]`):
+            The rendered completion.
+        score_positions (`Sequence[int]`):
+            Index into `ids` of each step's score.
+        steps (`int`):
+            Number of steps. The last ones, for which truncation left no score position, get `None`.
+        labels (`Sequence[int]`):
+            The labels whose probabilities are added.
+
+    Returns:
+        [`Request`]
     """
     everywhere = list(range(len(ids)))
     # Where steps end in different ids the server cannot have a tag, and the rows must be those of all tokens
-    tags = {ids[position] for position in read_positions}
+    tags = {ids[position] for position in score_positions}
     tagged = [position for position in everywhere if tags == {ids[position]}] or everywhere
 
-    def read_row(row: Any, where: str) -> float:
+    def parse_row(row: Any, where: str) -> float:
         if not isinstance(row, list) or not all(-len(row) <= label < len(row) for label in labels):
             raise RewardServerError(f"{where} is {shown(row)}, without the label(s) {list(labels)}.")
         return math.fsum(_number(row[label], where) for label in labels)
 
-    def read(answer: Any) -> list[StepScores]:
+    def parse(answer: Any) -> list[StepScores]:
         rows = _entry(counted(_entry(answer, "data"), 1, "`data`")[0], "data")
         positions = everywhere if isinstance(rows, list) and len(rows) == len(ids) else tagged
         row_at = dict(zip(positions, counted(rows, len(positions), "`data[0].data`"), strict=True))
-        scored = [read_row(row_at[position], f"the row of step {k}") for k, position in enumerate(read_positions)]
+        scored = [parse_row(row_at[position], f"the row of step {k}") for k, position in enumerate(score_positions)]
         return [[*scored, *[None] * (steps - len(scored))]]
 
-    return Request(_vllm_payload(model, input=list(ids), task="token_classify"), 1, read)
+    return Request(_vllm_payload(model, input=list(ids), task="token_classify"), 1, parse)
 
 
 def vllm_outcome(model: str | None, **content: Any) -> Request:
-    """vLLM's classification of one completion, `input` ids or `messages`; the logit is the last of `probs`."""
+    """
+    A request of vLLM's classification of one completion.
 
-    def read(answer: Any) -> list[Score]:
+    Args:
+        model (`str` or `None`):
+            Name of the served model.
+        **content:
+            The completion: `input`, its ids, or `messages`, a conversation.
+
+    Returns:
+        [`Request`]: the score is the last of the answer's `probs`, a logit.
+    """
+
+    def parse(answer: Any) -> list[Score]:
         probs = _entry(counted(_entry(answer, "data"), 1, "`data`")[0], "probs")
         if not isinstance(probs, list) or not probs:
             raise RewardServerError(f"`data[0].probs` is {shown(probs)!r}, not a list of numbers.")
         return [_number(probs[-1], "`data[0].probs[-1]`")]
 
-    return Request(_vllm_payload(model, **content, use_activation=False), 1, read)
+    return Request(_vllm_payload(model, **content, use_activation=False), 1, parse)

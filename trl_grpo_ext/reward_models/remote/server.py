@@ -1,11 +1,17 @@
 """
 A server for reward models, by OpenRLHF's protocol extended by steps: `python -m trl_grpo_ext.serve MODEL`.
 
-`POST /get_reward` takes `{"query": [...], "prompts": [...], "labels": [...], "steps": [[...], ...]}`, where `query` is
-each prompt followed by its completion, and answers `{"rewards": [...], "scores": [...], "step_scores": [[...], ...]}`.
-A process reward model needs `steps` and adds `step_scores`, null where it left a step unscored. `labels` are not read.
-Every other status has `{"error": ...}`: 4xx what is wrong with the request, where sending it again would not help, 5xx
-what broke in the server.
+`POST /get_reward` takes
+
+    {"query": [...], "prompts": [...], "labels": [...], "steps": [[...], ...]}
+
+where `query` is each prompt followed by its completion, and answers
+
+    {"rewards": [...], "scores": [...], "step_scores": [[...], ...]}
+
+A process reward model needs `steps`. It adds `step_scores`, null for a step that it left unscored. `labels` are not
+used. Any other status comes with `{"error": ...}`: 4xx says what is wrong with the request, which need not be sent
+again, and 5xx says what broke in the server.
 """
 
 import argparse
@@ -26,7 +32,6 @@ from starlette.routing import Route
 from ...rewards.step_reductions import STEP_REDUCTIONS
 from ...rewards.types import check_finite
 from ..opening import load_reward_model
-from ..presets import Preset
 from .protocols import OPENRLHF_PATH
 
 
@@ -50,9 +55,18 @@ def _same_length(first: Sequence[Any], second: Sequence[Any], names: str) -> Non
         raise HTTPException(400, f"{names} differ in length: {len(first)} and {len(second)}.")
 
 
-def read_request(body: bytes, kind: str) -> tuple[list[str], list[Any]]:
+def parse_request(body: bytes, kind: str) -> tuple[list[str], list[Any]]:
     """
-    Problems, and for each its steps (`kind="process"`) or its solution (`"outcome"`).
+    Check and take apart a request.
+
+    Args:
+        body (`bytes`):
+            The request's body.
+        kind (`str`):
+            `"process"` or `"outcome"`.
+
+    Returns:
+        `tuple[list[str], list[Any]]`: the problems, and for each its steps (process) or its solution (outcome).
 
     Raises:
         `starlette.exceptions.HTTPException`: status 400 and the field that is wrong.
@@ -63,7 +77,8 @@ def read_request(body: bytes, kind: str) -> tuple[list[str], list[Any]]:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise HTTPException(400, "the body must be a JSON object.")
-    queries, prompts = _texts(data.get("query"), "query"), _texts(data.get("prompts"), "prompts")
+    queries = _texts(data.get("query"), "query")
+    prompts = _texts(data.get("prompts"), "prompts")
     _same_length(queries, prompts, "`query` and `prompts`")
     if kind == "outcome":
         for index, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
@@ -80,17 +95,18 @@ def read_request(body: bytes, kind: str) -> tuple[list[str], list[Any]]:
     return prompts, steps
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, of which never more than `max_bytes` are held."""
-    body, size = bytearray(), 0
+async def _receive_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a request, of which never more than `max_bytes` are held in memory."""
+    body = bytearray()
+    size = 0
     try:
-        # To the end, also of what is too large: a client cut off while it sends would not see why
+        # A body that is too large is received to its end: a client that is cut off while it sends does not see why
         async for chunk in request.stream():
             size += len(chunk)
             if size <= max_bytes:
                 body += chunk
     except ClientDisconnect:
-        # Nobody is left to read this, but the server's log would take anything else for an error of its own
+        # Nobody receives this answer, but any other exception would be logged as an error of the server
         raise HTTPException(400, f"the client left after {size} bytes.") from None
     if size > max_bytes:
         raise HTTPException(413, f"the body has {size} bytes; this server takes {max_bytes}.")
@@ -102,7 +118,7 @@ def _finite(scores: Sequence[float | None], name: str) -> list[float | None]:
 
 
 def _answer(scores: list[Any], kind: str, reduce: str) -> dict[str, Any]:
-    """What is answered; `ValueError` names the score that is NaN or infinite, which JSON does not have."""
+    """The answer's JSON; `ValueError` names a score that is NaN or infinite, which JSON does not have."""
     if kind == "outcome":
         rewards = _finite(scores, "rewards")
         return {"rewards": rewards, "scores": rewards}
@@ -137,13 +153,13 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
     score = model.score_steps if kind == "process" else model.score_batch
 
     async def get_reward(request: Request) -> JSONResponse:
-        problems, answers = read_request(await _read_body(request, max_bytes), kind)
+        problems, answers = parse_request(await _receive_body(request, max_bytes), kind)
         try:
             async with busy:
                 scores = await run_in_threadpool(score, problems, answers)
             return JSONResponse(_answer(scores, kind, reduce))
         except ValueError as error:
-            # Not 5xx, which clients send again
+            # Sending it again would not help, which clients do after 5xx
             raise HTTPException(422, str(error)) from error
 
     async def health(request: Request) -> JSONResponse:
@@ -163,7 +179,7 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trl_grpo_ext.serve", description="Serve a reward model.")
     parser.add_argument("model", help="model id or folder, of a preset")
-    parser.add_argument("--preset", help="name of a preset, or YAML file of one (default: the one that fits)")
+    parser.add_argument("--preset", help="name of a preset, or path of a YAML file (default: the one that fits)")
     parser.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to; only this machine by default")
@@ -175,10 +191,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model of the command line and serve it until interrupted."""
     options = _parser().parse_args(arguments)
-    preset = options.preset
-    if preset is not None and preset.endswith((".yaml", ".yml")):
-        preset = Preset.from_yaml(preset)
-    model = load_reward_model(options.model, preset, dtype=options.dtype)
+    model = load_reward_model(options.model, options.preset, dtype=options.dtype)
     model.scorer.to(options.device)
     app = create_app(model, model.preset.kind, reduce=model.preset.reduce, max_bytes=options.max_bytes)
     uvicorn.run(app, host=options.host, port=options.port)
