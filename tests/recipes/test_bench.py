@@ -1,9 +1,9 @@
 """The benchmarks of recipes/bench: each runs at a tiny size and writes rows that say what they are."""
 
 import csv
+import importlib
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,20 +17,34 @@ FIELDS = {"what", "unit", "median", "min", "max", "method", "dtype", "device", "
 FIELDS |= {"python", "torch", "trl", "transformers"}
 
 
-def run(script: str, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(BENCH / script), *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+# In one process, so that torch is imported once, and the server that forks processes to measure memory starts once
+pytestmark = pytest.mark.xdist_group("bench")
 
 
-def measured(folder: Path, script: str, *arguments: str) -> list[dict]:
+@pytest.fixture
+def run(monkeypatch):
+    """Run a benchmark as from the command line."""
+
+    def run_script(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        importlib.import_module(f"recipes.bench.{name}").main()
+
+    return run_script
+
+
+@pytest.fixture
+def measured(run, tmp_path):
     """The rows that a benchmark writes as JSON, which must be those of its CSV."""
-    run(script, "--runs", "1", "--json", str(folder / "rows.json"), "--csv", str(folder / "rows.csv"), *arguments)
-    rows = json.loads((folder / "rows.json").read_text())
-    with (folder / "rows.csv").open(newline="") as file:
-        assert [float(row["median"]) for row in csv.DictReader(file)] == [row["median"] for row in rows]
-    return rows
+
+    def measured_rows(name: str, *arguments: str) -> list[dict]:
+        files = {kind: tmp_path / f"rows.{kind}" for kind in ("json", "csv")}
+        run(name, "--runs", "1", "--json", str(files["json"]), "--csv", str(files["csv"]), *arguments)
+        rows = json.loads(files["json"].read_text())
+        with files["csv"].open(newline="") as file:
+            assert [float(row["median"]) for row in csv.DictReader(file)] == [row["median"] for row in rows]
+        return rows
+
+    return measured_rows
 
 
 def check(rows: list[dict], sizes: set[str], quantities: set[tuple[str, str]], methods: set[str]) -> None:
@@ -45,23 +59,23 @@ def check(rows: list[dict], sizes: set[str], quantities: set[tuple[str, str]], m
         assert row["min"] > 0 or row["what"] in ("extra memory", "difference")
 
 
-def test_exact_kl_and_its_figure(tmp_path):
-    rows = measured(tmp_path, "exact_kl.py", "--sizes", "64x32x1000", "--heads", "frozen")
+def test_exact_kl_and_its_figure(run, measured, tmp_path):
+    rows = measured("exact_kl", "--sizes", "64x32x1000", "--heads", "frozen")
     quantities = {("time", "s"), ("time", "x floor"), ("extra memory", "MiB")}
-    methods = {"floor", "dense", "TRL's kernels", "fused, any loss", "fused, loss foretold"}
+    methods = {"floor", "dense", "TRL's kernels", "fused, any loss", "fused, gradient predicted"}
     check(rows, {"size", "head", "tokens", "hidden", "vocabulary"}, quantities, methods)
     assert all((row["tokens"], row["hidden"], row["vocabulary"]) == (64, 32, 1000) for row in rows)
-    run("plot.py", str(tmp_path / "rows.csv"), str(tmp_path / "figure.svg"))
-    assert "fused, loss foretold" in (tmp_path / "figure.svg").read_text()
+    run("plot", str(tmp_path / "rows.csv"), str(tmp_path / "figure.svg"))
+    assert "fused, gradient predicted" in (tmp_path / "figure.svg").read_text()
 
 
-def test_committed_figures_can_be_drawn(tmp_path):
-    run("plot.py", str(BENCH / "exact_kl.csv"), str(tmp_path / "figure.png"))
+def test_committed_figures_can_be_drawn(run, tmp_path):
+    run("plot", str(BENCH / "exact_kl.csv"), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_advantages(tmp_path):
-    rows = measured(tmp_path, "advantages.py", "--shapes", "3x70")
+def test_advantages(measured):
+    rows = measured("advantages", "--shapes", "3x70")
     of_copy, others = ([row for row in rows if (row["method"] == "copy") == yes] for yes in (True, False))
     quantities = {("time", "ms"), ("time", "x copy"), ("extra memory", "MiB")}
     check(of_copy, {"completions", "tokens"}, quantities, {"copy"})
@@ -70,8 +84,8 @@ def test_advantages(tmp_path):
     assert all(row["max"] < 1e-5 for row in rows if row["what"] == "difference")
 
 
-def test_reward_models(tmp_path):
-    rows = measured(tmp_path, "reward_models.py", "--solutions", "2", "--longest", "80", "--completions", "2")
+def test_reward_models(measured):
+    rows = measured("reward_models", "--solutions", "2", "--longest", "80", "--completions", "2")
     scoring = [row for row in rows if row["what"] != "CPU time"]
     memory, seconds = ([row for row in scoring if row["unit"] == unit] for unit in ("MiB", "s"))
     check(memory, {"solutions", "batch_tokens"}, {("extra memory", "MiB")}, {"one padded batch", "by tokens"})
@@ -86,10 +100,10 @@ def tiny_model(tmp_path: Path) -> str:
     return save_tiny_model(tmp_path / "model")
 
 
-def test_step(tmp_path, tiny_model):
+def test_step(measured, tiny_model):
     options = ("--num_iterations", "2", "--prompts", "1", "--generations", "2")
     tokens = ("--prompt_tokens", "3", "--completion_tokens", "5")
-    rows = measured(tmp_path, "step.py", "--model", tiny_model, *options, *tokens)
+    rows = measured("step", "--model", tiny_model, *options, *tokens)
     whats = ("step", "without generation", "extra memory")
     quantities = {(what, unit) for what in whats for unit in ("MiB" if what == "extra memory" else "s", "x TRL")}
     sizes = {"model", "num_iterations", "prompts", "generations", "prompt_tokens", "completion_tokens"}
