@@ -30,7 +30,7 @@ from measuring import (
 from rich.console import Console
 from rich.progress import track
 
-from trl_grpo_ext.advantages.returns import discounted_returns
+from trl_grpo_ext.advantages.returns import discounted_returns, plain_discounted_returns
 
 
 GAMMA = 0.99
@@ -47,10 +47,7 @@ def copy(rewards_NT: torch.Tensor) -> torch.Tensor:
 
 
 def loop(rewards_NT: torch.Tensor) -> torch.Tensor:
-    returns_NT = rewards_NT.clone()
-    for t in range(rewards_NT.size(1) - 2, -1, -1):
-        returns_NT[:, t] += GAMMA * returns_NT[:, t + 1]
-    return returns_NT
+    return plain_discounted_returns(rewards_NT, GAMMA)
 
 
 def scan(rewards_NT: torch.Tensor) -> torch.Tensor:

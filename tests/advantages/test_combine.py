@@ -3,75 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.advantages.batches import (
+    SCALES,
+    UNITS,
+    Batch,
+    batches,
+    every_estimator,
+    every_order,
+    every_scale,
+    every_unit,
+    few,
+)
 from tests.support import oracles
 from trl_grpo_ext.advantages.combine import process_advantages
-
-
-ESTIMATORS = ["position-all", "position-active", "pooled", "step", "min"]
-SCALES = ["group", "batch", "none"]
-ORDERS = ["sum_then_normalize", "normalize_then_sum"]
-UNITS = ["token", "step"]
-
-few = settings(derandomize=True, deadline=None, max_examples=12)
-every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
-every_scale = pytest.mark.parametrize("scale", SCALES)
-every_order = pytest.mark.parametrize("order", ORDERS)
-every_unit = pytest.mark.parametrize("unit", UNITS)
-
-
-class Batch:
-    """A random batch of K sources with its weights and discounts; `run` and `oracle` take the same options."""
-
-    def __init__(self, seed, sources, groups, group_size, length):
-        self.rng = np.random.default_rng(seed)
-        self.group_size = group_size
-        self.rewards, self.mask = oracles.ragged_batch(self.rng, sources, groups, group_size, length)
-        self.weights = self.rng.choice([-0.5, 0.25, 1.0, 2.0], size=sources)
-        self.gammas = self.rng.choice([0.0, 0.5, 0.9, 1.0], size=sources).tolist()
-        self.eps = float(self.rng.choice([1e-8, 1e-4, 0.1]))
-
-    def options(self, estimator, scale="group", order="sum_then_normalize", unit="token"):
-        estimator, _, baseline = estimator.partition("-")
-        one_gamma = order == "sum_then_normalize" and estimator in ("pooled", "step")
-        return {
-            "estimator": estimator,
-            "gamma": self.gammas[0] if one_gamma else self.gammas,
-            "gamma_unit": unit,
-            "options": {"position_baseline": baseline or "all"},
-            "aggregation": order,
-            "scale": scale,
-            "eps": self.eps,
-        }
-
-    def run(self, options, rewards=None, mask=None, weights=None, group_size=None):
-        advantages = process_advantages(
-            torch.tensor(self.rewards if rewards is None else rewards),
-            torch.tensor(self.mask if mask is None else mask),
-            torch.tensor(self.weights if weights is None else weights),
-            group_size or self.group_size,
-            **options,
-        )
-        return advantages.numpy()
-
-    def oracle(self, options):
-        options = options.copy()
-        baseline = options.pop("options")["position_baseline"]
-        return oracles.process_advantages(
-            self.rewards, self.mask, self.weights, self.group_size, baseline=baseline, **options
-        )
-
-
-batches = st.builds(
-    Batch,
-    seed=st.integers(0, 2**32 - 1),
-    sources=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    group_size=st.integers(1, 5),
-    length=st.integers(1, 8),
-)
 
 
 # Oracles
@@ -226,6 +173,66 @@ def test_sources_that_cancel_give_exactly_zero(estimator, scale, order):
     assert batch.run(options, weights=np.array([0.1, 0.2, -0.2])).any()
 
 
+# Sources of weight 0
+
+
+def with_monitor(batch, options):
+    """The batch's inputs with one more source, of weight 0 and with a gamma of its own, and the options for it."""
+    sources = len(batch.weights)
+    at = int(batch.rng.integers(sources + 1))
+    monitor = batch.rng.choice([np.nan, np.nan, -1e6, 0.0, 0.3, 7.0], size=batch.mask.shape)
+    monitor[batch.rng.random(len(monitor)) < 0.3] = np.nan
+    gammas = options["gamma"] if isinstance(options["gamma"], list) else [options["gamma"]] * sources
+    inputs = {
+        "rewards": np.insert(batch.rewards, at, monitor, axis=0),
+        "weights": np.insert(batch.weights, at, batch.rng.choice([0.0, -0.0])),
+    }
+    return inputs, options | {"gamma": [*gammas[:at], 0.37, *gammas[at:]]}
+
+
+@every_unit
+@every_order
+@every_scale
+@every_estimator
+@few
+@given(batch=batches)
+def test_a_source_of_weight_0_changes_no_bit(batch, estimator, scale, order, unit):
+    options = batch.options(estimator, scale, order, unit)
+    inputs, monitored = with_monitor(batch, options)
+    assert np.array_equal(batch.run(monitored, **inputs), batch.run(options))
+
+
+@every_order
+@every_estimator
+def test_a_completion_that_only_a_source_of_weight_0_judges_is_unjudged(estimator, order):
+    batch = Batch(seed=4, sources=2, groups=2, group_size=4, length=6)
+    batch.mask[:] = 1
+    batch.rewards = batch.rng.normal(size=batch.rewards.shape)
+    absent = [1, 6]
+    batch.rewards[0, absent] = np.nan
+    batch.weights = np.array([1.5, 0.0])
+    options = batch.options(estimator, order=order)
+    advantages = batch.run(options)
+    assert not advantages[absent].any()
+    without = batch.run(
+        options,
+        rewards=np.delete(batch.rewards, absent, axis=1),
+        mask=np.delete(batch.mask, absent, axis=0),
+        group_size=3,
+    )
+    np.testing.assert_allclose(np.delete(advantages, absent, axis=0), without, rtol=0, atol=1e-12)
+    assert np.abs(without).max() > 0.1
+
+
+@every_order
+@every_estimator
+def test_weights_that_are_all_0_give_exactly_0(estimator, order):
+    batch = Batch(seed=4, sources=3, groups=2, group_size=4, length=6)
+    advantages = batch.run(batch.options(estimator, order=order), weights=np.zeros(3))
+    assert advantages.shape == batch.mask.shape
+    assert not advantages.any()
+
+
 # What must commute
 
 
@@ -261,91 +268,6 @@ def test_groups_do_not_touch_each_other(batch, estimator, scale, unit):
         rows = slice(start, start + batch.group_size)
         alone = batch.run(options, rewards=batch.rewards[:, rows], mask=batch.mask[rows])
         np.testing.assert_allclose(together[rows], alone, rtol=0, atol=1e-12)
-
-
-# Reductions
-
-
-def outcome_batch(seed, lengths, sources=3, missing=0.25):
-    """Outcome rewards `(N, K)`, some None, and the same rewards on the last token of completions of these lengths."""
-    rng = np.random.default_rng(seed)
-    rewards_NK = np.round(rng.normal(size=(len(lengths), sources)), 2)
-    rewards_NK[rng.random(rewards_NK.shape) < missing] = np.nan
-    rewards_KNT = np.full((sources, len(lengths), max(lengths)), np.nan)
-    for i, length in enumerate(lengths):
-        rewards_KNT[:, i, length - 1] = rewards_NK[i]
-    mask = (np.arange(max(lengths)) < np.asarray(lengths)[:, None]).astype(np.int64)
-    return rewards_NK, torch.tensor(rewards_KNT), torch.tensor(mask)
-
-
-@every_order
-@every_scale
-@pytest.mark.parametrize("estimator", ["position-all", "position-active", "pooled", "step"])
-@pytest.mark.parametrize("group_size", [1, 2, 4])
-def test_reduces_to_trl_outcome_advantages_with_one_token(group_size, estimator, scale, order):
-    weights = np.array([1.0, -0.5, 2.0])
-    estimator, _, baseline = estimator.partition("-")
-    for seed in range(5):
-        rewards_NK, rewards, mask = outcome_batch(seed, [1] * 12)
-        advantages = process_advantages(
-            rewards,
-            mask,
-            torch.tensor(weights),
-            group_size,
-            estimator=estimator,
-            gamma=0.99,
-            options={"position_baseline": baseline or "all"},
-            aggregation=order,
-            scale=scale,
-        )
-        expected = oracles.trl_outcome_advantages(rewards_NK, weights, group_size, order, scale)
-        np.testing.assert_allclose(advantages[:, 0].numpy(), expected, atol=1e-10)
-
-
-@every_unit
-@every_order
-@every_scale
-@pytest.mark.parametrize("estimator", ["pooled", "step"])
-def test_reduces_to_trl_for_outcome_rewards_pooled_gamma_one(estimator, scale, order, unit):
-    """At gamma = 1 an outcome reward gives TRL's scalar at every token, whatever the lengths."""
-    weights = np.array([1.0, -0.5, 2.0])
-    lengths = [3, 7, 1, 5, 2, 2, 6, 4, 7, 1, 1, 3]
-    for seed in range(5):
-        rewards_NK, rewards, mask = outcome_batch(seed, lengths)
-        advantages = process_advantages(
-            rewards,
-            mask,
-            torch.tensor(weights),
-            4,
-            estimator=estimator,
-            gamma=1.0,
-            gamma_unit=unit,
-            aggregation=order,
-            scale=scale,
-        )
-        expected = oracles.trl_outcome_advantages(rewards_NK, weights, 4, order, scale)
-        np.testing.assert_allclose(advantages.numpy(), expected[:, None] * mask.numpy(), atol=1e-10)
-
-
-@pytest.mark.parametrize("lengths", [[6] * 8, [6, 2, 4, 1, 5, 6, 3, 3]])
-def test_position_reduces_to_seed_document(lengths):
-    rng = np.random.default_rng(9)
-    rewards, weights = rng.normal(size=(2, 8, 6)), np.array([0.7, 1.3])
-    mask = (np.arange(6) < np.asarray(lengths)[:, None]).astype(np.int64)
-    advantages = process_advantages(
-        torch.tensor(rewards),
-        torch.tensor(mask),
-        torch.tensor(weights),
-        4,
-        estimator="position",
-        gamma=0.99,
-        options={"position_baseline": "all"},
-        aggregation="sum_then_normalize",
-        scale="group",
-        eps=1e-8,
-    )
-    expected = oracles.seed_process_advantages(rewards, mask, weights, 4, gamma=0.99) * mask
-    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-10)
 
 
 # Inputs
@@ -418,20 +340,3 @@ def test_one_summed_stream_has_one_gamma(estimator):
     same = process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.9])
     assert torch.equal(same, process_advantages(*inputs, 3, estimator=estimator, gamma=0.9))
     process_advantages(*inputs, 3, estimator=estimator, gamma=[0.9, 0.8], aggregation="normalize_then_sum")
-
-
-def test_a_batch_without_spread_gets_zero_under_batch_scale():
-    """One group's spread is above the rounding, the batch's below it: 2.8 at eps = 1e-8 if only the group counts."""
-    rewards_KNT = torch.ones(1, 16, 1, dtype=torch.float64)
-    rewards_KNT[0, 0] = 1 + 6e-7
-    advantages_NT = process_advantages(
-        rewards_KNT,
-        torch.ones(16, 1),
-        torch.ones(1, dtype=torch.float64),
-        4,
-        estimator="position",
-        gamma=1.0,
-        scale="batch",
-        eps=1e-8,
-    )
-    assert (advantages_NT == 0).all()

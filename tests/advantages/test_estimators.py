@@ -1,89 +1,29 @@
-"""Returns, and the advantages of one reward source: worked examples, zero spread, and what must not matter."""
+"""The estimators: worked examples, zero spread, what must not matter, reductions, and a row added from outside."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
+from tests.advantages.batches import (
+    LABELS,
+    ORDERS,
+    SCALES,
+    Batch,
+    advantages_of,
+    batches,
+    every_order,
+    every_scale,
+    every_unit,
+    few,
+    outcome,
+)
 from tests.support import oracles
 from trl_grpo_ext.advantages.combine import process_advantages
-from trl_grpo_ext.advantages.returns import discounted_returns
+from trl_grpo_ext.advantages.estimators import ESTIMATORS, Estimator
 
 
-ESTIMATORS = ["position-all", "position-active", "pooled", "step", "min"]
-SCALES = ["group", "batch", "none"]
-ORDERS = ["sum_then_normalize", "normalize_then_sum"]
 NONE = float("nan")
-
-
-def advantages_of(rewards_NT, mask_NT, group_size, *, estimator, gamma=1.0, weight=1.0, **options):
-    """Advantages of a single source as float64; "position-active" is estimator "position" with that baseline."""
-    estimator, _, baseline = estimator.partition("-")
-    rewards = torch.as_tensor(np.asarray(rewards_NT)[None])
-    weights = torch.tensor([weight], dtype=rewards.dtype)
-    advantages = process_advantages(
-        rewards,
-        torch.as_tensor(np.asarray(mask_NT)),
-        weights,
-        group_size,
-        estimator=estimator,
-        gamma=gamma,
-        options={"position_baseline": baseline or "all"},
-        **options,
-    )
-    return advantages.double().numpy()
-
-
-def outcome(values_N, lengths_N, dtype=np.float64):
-    """Rewards on the last token of completions of the given lengths, and their mask."""
-    width = max(lengths_N)
-    rewards = np.full((len(values_N), width), np.nan, dtype=dtype)
-    rewards[np.arange(len(values_N)), np.asarray(lengths_N) - 1] = values_N
-    return rewards, (np.arange(width) < np.asarray(lengths_N)[:, None]).astype(np.int64)
-
-
-# Returns
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_returns_equal_their_closed_form_over_4096_tokens(gamma, dtype, tolerance):
-    rewards = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32).astype(np.float64)
-    returns = discounted_returns(torch.tensor(rewards, dtype=dtype), gamma)
-    for i in range(3):
-        expected = [oracles.discounted_return_closed_form(rewards[i], gamma, t) for t in range(4096)]
-        scale = max(1.0, np.abs(expected).max())
-        assert np.abs(returns[i].double().numpy() - expected).max() < tolerance * scale
-
-
-def test_returns_do_not_underflow_over_32768_tokens():
-    """`gamma ** t` is 0 in float32 from t = 987 for gamma 0.9: a division by it would give NaN."""
-    rewards = torch.zeros(2, 32768)
-    rewards[:, -1] = 1.0
-    rewards[1, 20000] = 2.0
-    returns = discounted_returns(rewards, 0.9)
-    assert torch.isfinite(returns).all()
-    assert returns[0, -8:].tolist() == pytest.approx([0.9**7, 0.9**6, 0.9**5, 0.9**4, 0.9**3, 0.9**2, 0.9, 1.0])
-    assert returns[1, 19990:20001].tolist() == pytest.approx([2 * 0.9 ** (20000 - t) for t in range(19990, 20001)])
-    assert returns[0, 0] < 1e-37
-    assert discounted_returns(torch.ones(1, 32768), 1.0)[0, 0] == 32768
-
-
-def test_returns_discount_only_where_a_step_ends():
-    rewards, ends = torch.tensor([[1.0, 0.0, 2.0, 0.0]]), torch.tensor([[True, False, True, False]])
-    assert discounted_returns(rewards, 0.5).tolist() == [[1.5, 1.0, 2.0, 0.0]]
-    assert discounted_returns(rewards, 0.5, ends).tolist() == [[2.0, 2.0, 2.0, 0.0]]
-    rng = np.random.default_rng(1)
-    rewards, ends = rng.normal(size=(5, 40)), rng.random((5, 40)) < 0.2
-    returns = discounted_returns(torch.tensor(rewards), 0.8, torch.tensor(ends))
-    np.testing.assert_allclose(returns.numpy(), oracles.discounted_returns(rewards, 0.8, ends), atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "rewards, ends, shape", [(torch.zeros(3), None, r"3"), (torch.zeros(2, 3), torch.zeros(2, 4), r"2, ?4")]
-)
-def test_returns_name_the_wrong_shape(rewards, ends, shape):
-    with pytest.raises(ValueError, match=shape):
-        discounted_returns(rewards, 0.9, ends)
 
 
 # Worked examples: every number was derived by hand; the oracle is held to them as well
@@ -150,7 +90,7 @@ def test_worked_examples(inputs, options, expected):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_zero_spread_gives_exactly_zero(estimator, scale, order, dtype):
     """Eight rewards of 0.35 have a float32 std of 3e-8; one that is a rounding error away must not be amplified."""
     # "min" compares a token's return with the others' mean over tokens, so only at gamma = 1 are equal outcomes equal.
@@ -168,7 +108,7 @@ def test_zero_spread_gives_exactly_zero(estimator, scale, order, dtype):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_zero_spread_beside_a_group_with_spread_gives_exactly_zero(estimator, scale):
     rewards, mask = outcome([0.35] * 7 + [0.0, 0.3, 0.1, 0.9, 1.0, 0.2, 0.7], [4] * 14)
     gamma = 1.0 if estimator == "min" else 0.9
@@ -179,7 +119,7 @@ def test_zero_spread_beside_a_group_with_spread_gives_exactly_zero(estimator, sc
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_a_group_of_one_gets_zero(estimator, scale, order):
     """Of every length to 120: 13 weights of 1/13 sum to more than 1 in floating point, 49 of 1/49 to less."""
     rewards = np.random.default_rng(2).normal(size=(120, 120))
@@ -189,7 +129,7 @@ def test_a_group_of_one_gets_zero(estimator, scale, order):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_the_only_judged_completion_of_a_group_gets_zero(estimator, scale):
     rewards = np.random.default_rng(3).normal(size=(240, 120))
     rewards[1:-1:2] = np.nan
@@ -201,7 +141,7 @@ def test_the_only_judged_completion_of_a_group_gets_zero(estimator, scale):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_advantages_are_finite_for_extreme_float32_rewards(estimator, scale, order):
     rng = np.random.default_rng(4)
     rewards = rng.choice(np.array([0.0, 1e-6, -1e-6, 1.0, 1e6, -1e6, np.nan], dtype=np.float32), size=(12, 9))
@@ -211,6 +151,23 @@ def test_advantages_are_finite_for_extreme_float32_rewards(estimator, scale, ord
         rewards, mask, 4, estimator=estimator, scale=scale, aggregation=order, gamma=0.9, eps=1e-8
     )
     assert np.isfinite(advantages).all()
+
+
+def test_a_batch_without_spread_gets_zero_under_batch_scale():
+    """One group's spread is above the rounding, the batch's below it: 2.8 at eps = 1e-8 if only the group counts."""
+    rewards_KNT = torch.ones(1, 16, 1, dtype=torch.float64)
+    rewards_KNT[0, 0] = 1 + 6e-7
+    advantages_NT = process_advantages(
+        rewards_KNT,
+        torch.ones(16, 1),
+        torch.ones(1, dtype=torch.float64),
+        4,
+        estimator="position",
+        gamma=1.0,
+        scale="batch",
+        eps=1e-8,
+    )
+    assert (advantages_NT == 0).all()
 
 
 # Shift and scale
@@ -238,7 +195,7 @@ def test_a_constant_added_to_an_outcome_reward_changes_nothing(estimator, gamma,
     assert np.abs(before).max() > 0.1
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_scaling_rewards_changes_nothing_under_group_scaling(estimator):
     rng = np.random.default_rng(5)
     lengths = [4, 7, 1, 6, 7, 2, 3, 7]
@@ -254,7 +211,7 @@ def test_scaling_rewards_changes_nothing_under_group_scaling(estimator):
     assert np.abs(scaled).max() < 0.8 * np.abs(before).max()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", LABELS)
 def test_scale_none_is_linear_in_the_reward(estimator):
     rng = np.random.default_rng(6)
     rewards, mask = outcome(rng.normal(size=8), [4, 7, 1, 6, 7, 2, 3, 7])
@@ -276,28 +233,194 @@ def test_reduces_to_rloo(lengths):
     np.testing.assert_allclose(advantages, expected, atol=1e-12)
 
 
-def test_seed_loss_gradient_is_the_derivative_of_seed_loss():
-    """The oracle's own check: central differences, with ratios inside and on both sides of the clip."""
-    rng = np.random.default_rng(8)
-    logits, ref_logits = 2 * rng.normal(size=(2, 3, 4, 5))
-    tokens = rng.integers(0, 5, size=(3, 4))
-    chosen = np.take_along_axis(oracles.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-    old_logp = chosen + rng.choice([-0.5, -0.05, 0.05, 0.5], size=(3, 4))
-    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    others = (ref_logits, tokens, old_logp, rng.normal(size=(3, 4)), mask)
-    options = {"epsilon": 0.2, "beta": 0.3, "max_len": 6}
-    gradient = oracles.seed_loss_gradient(logits, *others, **options)
-    for index in np.ndindex(*logits.shape):
-        up, down = logits.copy(), logits.copy()
-        up[index] += 1e-6
-        down[index] -= 1e-6
-        difference = oracles.seed_loss(up, *others, **options)[0] - oracles.seed_loss(down, *others, **options)[0]
-        assert gradient[index] == pytest.approx(difference / 2e-6, abs=1e-8)
-    loss, policy, kl = oracles.seed_loss(logits, *others, **options)
-    assert loss == pytest.approx(policy + 0.3 * kl)
-    # One token of two equally likely ones, ratio 1, advantage 3, one position of two: -3 / 2; KL(1/2 || 3/4).
-    loss, policy, kl = oracles.seed_loss(
-        np.zeros((1, 2, 2)), np.log([[[3.0, 1.0], [1.0, 1.0]]]), [[0, 0]], np.log([[0.5, 0.5]]), [[3.0, 9.0]], [[1, 0]]
+def outcome_batch(seed, lengths, sources=3, missing=0.25):
+    """Outcome rewards `(N, K)`, some None, and the same rewards on the last token of completions of these lengths."""
+    rng = np.random.default_rng(seed)
+    rewards_NK = np.round(rng.normal(size=(len(lengths), sources)), 2)
+    rewards_NK[rng.random(rewards_NK.shape) < missing] = np.nan
+    rewards_KNT = np.full((sources, len(lengths), max(lengths)), np.nan)
+    for i, length in enumerate(lengths):
+        rewards_KNT[:, i, length - 1] = rewards_NK[i]
+    mask = (np.arange(max(lengths)) < np.asarray(lengths)[:, None]).astype(np.int64)
+    return rewards_NK, torch.tensor(rewards_KNT), torch.tensor(mask)
+
+
+@every_order
+@every_scale
+@pytest.mark.parametrize("estimator", ["position-all", "position-active", "pooled", "step"])
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_reduces_to_trl_outcome_advantages_with_one_token(group_size, estimator, scale, order):
+    weights = np.array([1.0, -0.5, 2.0])
+    estimator, _, baseline = estimator.partition("-")
+    for seed in range(5):
+        rewards_NK, rewards, mask = outcome_batch(seed, [1] * 12)
+        advantages = process_advantages(
+            rewards,
+            mask,
+            torch.tensor(weights),
+            group_size,
+            estimator=estimator,
+            gamma=0.99,
+            options={"position_baseline": baseline or "all"},
+            aggregation=order,
+            scale=scale,
+        )
+        expected = oracles.trl_outcome_advantages(rewards_NK, weights, group_size, order, scale)
+        np.testing.assert_allclose(advantages[:, 0].numpy(), expected, atol=1e-10)
+
+
+@every_unit
+@every_order
+@every_scale
+@pytest.mark.parametrize("estimator", ["pooled", "step"])
+def test_reduces_to_trl_for_outcome_rewards_pooled_gamma_one(estimator, scale, order, unit):
+    """At gamma = 1 an outcome reward gives TRL's scalar at every token, whatever the lengths."""
+    weights = np.array([1.0, -0.5, 2.0])
+    lengths = [3, 7, 1, 5, 2, 2, 6, 4, 7, 1, 1, 3]
+    for seed in range(5):
+        rewards_NK, rewards, mask = outcome_batch(seed, lengths)
+        advantages = process_advantages(
+            rewards,
+            mask,
+            torch.tensor(weights),
+            4,
+            estimator=estimator,
+            gamma=1.0,
+            gamma_unit=unit,
+            aggregation=order,
+            scale=scale,
+        )
+        expected = oracles.trl_outcome_advantages(rewards_NK, weights, 4, order, scale)
+        np.testing.assert_allclose(advantages.numpy(), expected[:, None] * mask.numpy(), atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [[6] * 8, [6, 2, 4, 1, 5, 6, 3, 3]])
+def test_position_reduces_to_seed_document(lengths):
+    rng = np.random.default_rng(9)
+    rewards, weights = rng.normal(size=(2, 8, 6)), np.array([0.7, 1.3])
+    mask = (np.arange(6) < np.asarray(lengths)[:, None]).astype(np.int64)
+    advantages = process_advantages(
+        torch.tensor(rewards),
+        torch.tensor(mask),
+        torch.tensor(weights),
+        4,
+        estimator="position",
+        gamma=0.99,
+        options={"position_baseline": "all"},
+        aggregation="sum_then_normalize",
+        scale="group",
+        eps=1e-8,
     )
-    assert policy == pytest.approx(-1.5)
-    assert kl == pytest.approx(0.5 * np.log(4 / 3))
+    expected = oracles.seed_process_advantages(rewards, mask, weights, 4, gamma=0.99) * mask
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-10)
+
+
+# A row from outside
+
+
+def leave_one_out_by_position(inputs):
+    """`A_{i,t} = R_{i,t} - mean_{j != i} R_{j,t}` over the judged completions j, those that ended counting as 0."""
+    returns_PGT = inputs.values_NT.unflatten(0, (-1, inputs.group_size))
+    judged_PG1 = inputs.judged_N.view(-1, inputs.group_size, 1).to(returns_PGT)
+    others_PG1 = judged_PG1.sum(1, keepdim=True) - judged_PG1
+    counted_PGT = judged_PG1 * returns_PGT
+    sums_PGT = counted_PGT.sum(1, keepdim=True) - counted_PGT
+    return (returns_PGT - sums_PGT / others_PG1).where(others_PG1 > 0, 0.0).flatten(0, 1)
+
+
+@every_unit
+@every_order
+@few
+@given(batch=batches)
+def test_a_row_that_is_added_to_the_table_is_an_estimator(batch, order, unit):
+    options = {"gamma": batch.gammas, "gamma_unit": unit, "aggregation": order, "eps": batch.eps}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ESTIMATORS, "leave_one_out", Estimator(leave_one_out_by_position, normalizes="returns"))
+        advantages = batch.run({"estimator": "leave_one_out", **options})
+    expected = oracles.leave_one_out_process_advantages(
+        batch.rewards, batch.mask, batch.weights, batch.group_size, **options
+    )
+    np.testing.assert_allclose(advantages, expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="estimator must be one of 'position', .*'leave_one_out'"):
+        batch.run({"estimator": "leave_one_out", **options})
+    unlisted = batch.run({"estimator": Estimator(leave_one_out_by_position), **options})
+    assert np.array_equal(unlisted, advantages)
+
+
+def times(inputs, *, factor=1.0, sign="plus"):
+    """`factor` times what it is given, and rubbish where nothing may be read."""
+    read_NT = ~inputs.values_NT.isnan() & inputs.mask_NT & inputs.judged_N[:, None]
+    return (inputs.values_NT * (factor if sign == "plus" else -factor)).where(read_NT, 1e4)
+
+
+@few
+@given(batch=batches)
+def test_without_normalisation_it_does_not_matter_which_side_of_the_returns_it_is_on(batch):
+    """Returns are linear, so the weighted sum of returns is the returns of the weighted sum."""
+    expected = np.zeros(batch.mask.shape)
+    for i, kept in enumerate(batch.mask.astype(bool)):
+        for weight, rewards in zip(batch.weights, batch.rewards, strict=True):
+            expected[i, kept] += weight * oracles.stream_returns(rewards[i, kept], 0.9, "token")
+    for normalizes in ("step_rewards", "returns"):
+        advantages = batch.run({"estimator": Estimator(times, normalizes=normalizes), "gamma": 0.9})
+        np.testing.assert_allclose(advantages, expected, rtol=0, atol=1e-10)
+
+
+@every_order
+@pytest.mark.parametrize("normalizes", ["step_rewards", "returns"])
+def test_the_rewards_are_shaped_before_anything_else(normalizes, order):
+    batch = Batch(seed=4, sources=2, groups=2, group_size=4, length=6)
+    options = {"gamma": 0.9, "aggregation": order}
+    shaping = Estimator(times, normalizes=normalizes, shape_rewards=torch.square)
+    shaped = batch.run({"estimator": shaping, **options})
+    squared = batch.run({"estimator": Estimator(times, normalizes=normalizes), **options}, rewards=batch.rewards**2)
+    assert np.abs(squared).max() > 0.1
+    np.testing.assert_allclose(shaped, squared, atol=1e-12)
+
+
+# Options
+
+
+def test_an_estimator_gets_the_options_of_its_row_and_no_others():
+    batch = Batch(seed=4, sources=2, groups=2, group_size=4, length=6)
+    plain = batch.run({"estimator": Estimator(times), "gamma": 0.9})
+    assert np.abs(plain).max() > 0.1
+    row = Estimator(times, options={"factor": (), "sign": ("plus", "minus")})
+    given = {"position_baseline": "active", "factor": 2.0, "sign": "minus"}
+    assert np.array_equal(batch.run({"estimator": row, "gamma": 0.9, "options": given}), -2 * plain)
+    assert np.array_equal(batch.run({"estimator": row, "gamma": 0.9}), plain)
+    with pytest.raises(ValueError, match="^sign must be one of 'plus', 'minus'; got 'times'"):
+        batch.run({"estimator": row, "gamma": 0.9, "options": {"sign": "times"}})
+    # Of the table's rows only "position" reads it.
+    for estimator in ("pooled", "step", "min"):
+        with_option = batch.run({"estimator": estimator, "gamma": 0.9, "options": {"position_baseline": "active"}})
+        assert np.array_equal(with_option, batch.run({"estimator": estimator, "gamma": 0.9}))
+
+
+def test_the_default_of_an_option_is_that_of_the_function():
+    batch = Batch(seed=4, sources=2, groups=2, group_size=4, length=6)
+    default = batch.run({"estimator": "position", "gamma": 0.9})
+    assert np.array_equal(default, batch.run(batch.options("position-all") | {"gamma": 0.9, "eps": 1e-4}))
+    assert not np.array_equal(default, batch.run(batch.options("position-active") | {"gamma": 0.9, "eps": 1e-4}))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"position_baseline": "mean"}, "^position_baseline must be one of 'all', 'active'; got 'mean'"),
+        ({"position_base": "all"}, "option .* must be one of 'position_baseline'; got 'position_base'"),
+    ],
+)
+def test_an_option_that_is_unknown_or_has_no_such_value_is_named(options, message):
+    batch = Batch(seed=7, sources=1, groups=1, group_size=2, length=3)
+    with pytest.raises(ValueError, match=message):
+        batch.run({"estimator": "position", "gamma": 0.9, "options": options})
+
+
+def test_an_estimator_that_normalises_something_else_is_refused():
+    with pytest.raises(ValueError, match="^normalizes must be one of 'step_rewards', 'returns'; got 'rewards'"):
+        Estimator(leave_one_out_by_position, normalizes="rewards")
+
+
+def test_every_row_has_a_description():
+    assert all(row.description for row in ESTIMATORS.values())

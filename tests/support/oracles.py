@@ -251,6 +251,44 @@ def process_advantages(
     return advantages
 
 
+def leave_one_out_advantages(returns, judged, group_size):
+    """A return minus the mean return of the group's other judged completions at the same token index, where one that
+    has ended counts as return 0. An estimator that the package does not have."""
+    advantages = [np.zeros(len(r)) for r in returns]
+    for i in range(len(returns)):
+        start = i - i % group_size
+        others = [j for j in range(start, start + group_size) if j != i and judged[j]]
+        for t in range(len(returns[i])):
+            if judged[i] and others:
+                values = [returns[j][t] if t < len(returns[j]) else 0.0 for j in others]
+                advantages[i][t] = returns[i][t] - sum(values) / len(values)
+    return advantages
+
+
+def leave_one_out_process_advantages(
+    rewards_KNT, mask_NT, weights_K, group_size, *, gamma, gamma_unit, aggregation, eps
+):
+    """`process_advantages` with that estimator, in both orders, for one gamma per source."""
+    keep = np.asarray(mask_NT).astype(bool)
+    streams_KN = [[row[kept] for row, kept in zip(source, keep, strict=True)] for source in np.asarray(rewards_KNT)]
+    judged_KN = [[is_judged(stream) for stream in streams] for streams in streams_KN]
+    judged = [any(column) for column in zip(*judged_KN, strict=True)]
+    total = [np.zeros(int(kept.sum())) for kept in keep]
+    for k, streams in enumerate(streams_KN):
+        of_source = [stream_returns(stream, gamma[k], gamma_unit) for stream in streams]
+        if aggregation == "normalize_then_sum":
+            of_source = leave_one_out_advantages(of_source, judged_KN[k], group_size)
+        total = [x + weights_K[k] * y for x, y in zip(total, of_source, strict=True)]
+    if aggregation == "sum_then_normalize":
+        compact = leave_one_out_advantages(total, judged, group_size)
+    else:
+        compact = batch_step(total, judged, eps)
+    advantages = np.zeros(keep.shape)
+    for i, kept in enumerate(keep):
+        advantages[i, kept] = compact[i]
+    return advantages
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Outcome advantages
 # ---------------------------------------------------------------------------------------------------------------------

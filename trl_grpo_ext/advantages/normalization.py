@@ -31,8 +31,8 @@ def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int
 
     `std = sqrt(sum w (x - mean)^2 / (n - 1))`
 
-    There is no spread where `n <= 1` or where `std` is no larger than the rounding of the values. Entries with weight
-    0 are never read.
+    n counts steps or completions, and is a whole number up to rounding. There is no spread where it is 0 or 1, or where
+    `std` is no larger than the rounding of the values. Entries with weight 0 are never read.
     """
     values = values.where(weights > 0, 0.0)
     count = weights.sum(dim, keepdim=True)
@@ -94,11 +94,11 @@ def mean_of_others(values_PGT: torch.Tensor, weights_PGT: torch.Tensor) -> torch
     r"""
     Mean of the values of the group's other completions, those with weight 0 left out.
 
-    `b_i = sum_{j != i} w_j x_j / sum_{j != i} w_j`, with weights 0 or 1
+    `b_i = sum_{j != i} w_j x_j / sum_{j != i} w_j`
 
-    Returns 0 where there is no other.
+    The weights are 0 or 1. Where there is no other completion, the mean is 0. Entries with weight 0 are never read.
     """
-    weighted_PGT = weights_PGT * values_PGT
+    weighted_PGT = values_PGT.where(weights_PGT > 0, 0.0)
     others_PGT = weights_PGT.sum(1, keepdim=True) - weights_PGT
     return (weighted_PGT.sum(1, keepdim=True) - weighted_PGT) / others_PGT.clamp(min=1)
 
