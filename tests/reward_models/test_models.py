@@ -1,5 +1,6 @@
 """Every preset against its model card's recipe, written out by hand: joined strings, full logits, one by one."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.hub_folders import WIDTH, llama_tokenizer, load_tokenizer, missing_packages, save_hub_folder
+from trl_grpo_ext.reward_models import base
 from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
@@ -125,6 +127,18 @@ def folders(tmp_path_factory):
         return made[preset]
 
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_tokenizer_is_loaded_once():
+    """Folders of one family link to one tokenizer, which takes seconds to load."""
+
+    def from_pretrained(name, **options):
+        return load_tokenizer(Path(name)) if not options else AutoTokenizer.from_pretrained(name, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "AutoTokenizer", SimpleNamespace(from_pretrained=from_pretrained))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from tests.support.tiny_models import save_tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer
 from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel
-from trl_grpo_ext.reward_models.opening import open_reward_model
+from trl_grpo_ext.reward_models import checkpoint, presets
+from trl_grpo_ext.reward_models import opening as opening_module
+from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_model
 from trl_grpo_ext.steps.segmentation import Segmentation
 
 
@@ -117,3 +119,28 @@ def test_a_second_trainer_brings_its_own_policys_tokenizer(tiny_model, prm_folde
 def test_config_fields_in_model_init_kwargs_reach_reward_models(tiny_model, prm_folder, tmp_path):
     trainer = make_trainer(GRPOExtTrainer, tiny_model, [prm_folder], tmp_path, model_init_kwargs={"use_cache": False})
     assert trainer.reward_funcs[0].scorer.backbone.loaded.config.use_cache is False
+
+
+@pytest.mark.parametrize("opening", ["bare id", "load_reward_model", "from_pretrained"])
+def test_a_checkpoint_is_located_and_its_preset_looked_up_once(opening, prm_folder, monkeypatch):
+    calls = []
+
+    def counting(module, name):
+        function = module.__dict__[name]
+
+        def counted(*args, **options):
+            calls.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    counting(checkpoint, "find_adapter_config_file")
+    for module in (presets, opening_module):
+        counting(module, "find_preset")
+    model = {
+        "bare id": lambda: open_reward_model(prm_folder, {}),
+        "load_reward_model": lambda: load_reward_model(prm_folder),
+        "from_pretrained": lambda: ProcessRewardModel.from_pretrained(prm_folder),
+    }[opening]()
+    assert model.preset.name == "trl-prm"
+    assert calls == ["find_adapter_config_file", "find_preset"]

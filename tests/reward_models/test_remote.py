@@ -7,9 +7,11 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -23,7 +25,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaForTokenClassification, PreTrainedTokenizerFast
 
-from tests.support.reward_servers import SPOILED, UNSCORED, Scorer
+from tests.support.reward_servers import SPOILED, UNSCORED, Scorer, real_app
 from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.reward_models.models import ProcessRewardModel
@@ -42,13 +44,17 @@ PROBLEMS = ["1 + 1?", "1 + 1?", "пять?", "😀 or \x00?", "", "long"]
 STEPS = [["2", f"so {UNSCORED}", "2"], ["3"], ["да\n\nи нет", "\\boxed{5}"], [], ["<extra_0>"], ["step"] * 40]
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Server:
     """A server process, killed at the end; its command line ends with the port."""
 
     def __init__(self, *command):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.arguments = [sys.executable, "-m", *command, str(self.port)]
         self.start()
@@ -80,19 +86,28 @@ class Server:
         return httpx.get(f"{self.url}/hits").json().get(path, 0)
 
 
-def running(kind):
-    return Server.command("tests.support.reward_servers", kind)
+def running():
+    return Server.command("tests.support.reward_servers")
 
 
 @pytest.fixture(scope="module")
 def real():
-    with running("real") as server:
-        yield server
+    """The package's server, in a thread of this process, which has imported it already."""
+    server = uvicorn.Server(uvicorn.Config(real_app(), port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.config.port}")
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
 def strange():
-    with running("strange") as server:
+    with running() as server:
         yield server
 
 
@@ -469,7 +484,7 @@ def test_the_first_failure_ends_the_wait_for_the_others(strange):
 def test_of_a_server_that_is_killed_what_it_answered_is_kept_and_nothing_else():
     problems, steps = ["p", "q", "r", "s"], [["a"], ["b", "c"], ["d"], ["e"]]
     expected = Scorer().score_steps(problems, steps)
-    with running("strange") as server:
+    with running() as server:
         source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, retries=2, on_failure="none")
         assert scored(source, problems, steps) == [*expected[:2], None, None]
         server.process.wait(10)
@@ -489,7 +504,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_no_reward():
         server.start()
         return await waiting
 
-    with running("strange") as server:
+    with running() as server:
         scores = asyncio.run(score_while_the_server_restarts(server))
     assert scores == Scorer().score_steps(problems, steps)
 

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -152,6 +153,24 @@ FAMILIES = {
 }
 
 
+# Removed when the process ends
+_SHARED = tempfile.TemporaryDirectory(prefix="tokenizers-")
+
+
+@functools.cache
+def tokenizer_folder(family: str) -> Path:
+    """A family's tokenizer and config, written once. Folders of models link to the tokenizer's files."""
+    folder = Path(_SHARED.name) / family
+    config_class, vocabulary, tokenizer = FAMILIES[family]
+    # transformers chooses the tokenizer's class by the config beside it
+    _config(config_class, vocabulary).save_pretrained(folder)
+    if tokenizer is None:
+        save_mistral_tokenizer(folder, pad_token="</s>")
+    else:
+        tokenizer().save_pretrained(folder)
+    return folder
+
+
 def save_hub_folder(
     folder: Path,
     family: str,
@@ -174,7 +193,7 @@ def save_hub_folder(
         head_scale: Standard deviation of the head's numbers.
         settings: Fields of the config.
     """
-    config_class, vocabulary, tokenizer = FAMILIES[family]
+    config_class, vocabulary, _ = FAMILIES[family]
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -189,14 +208,17 @@ def save_hub_folder(
     # As remote code is announced; it must never run
     fields["auto_map"] = {"AutoModel": "modeling_not_here.Remote"} if head is not None else {}
     (folder / "config.json").write_text(json.dumps(fields))
-    if tokenizer is None:
-        save_mistral_tokenizer(folder, pad_token="</s>")
-    else:
-        tokenizer().save_pretrained(folder)
+    for file in tokenizer_folder(family).iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
     return folder
 
 
-@functools.cache
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer."""
+    """The folder's tokenizer, loaded once for all folders that link to the same files."""
+    return _load_tokenizer((folder / "tokenizer_config.json").resolve().parent)
+
+
+@functools.cache
+def _load_tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)

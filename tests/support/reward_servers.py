@@ -1,7 +1,8 @@
 """
-Reward servers for the tests of the remote client, each a process: `python -m tests.support.reward_servers KIND PORT`.
+Reward servers for the tests of the remote client.
 
-`real` serves [`Scorer`] with the package's server, `strange` misbehaves in the way that the path says.
+`real_app` is the package's server over a [`Scorer`]. `strange_app` misbehaves in the way that the path says; it is
+served by a process, `python -m tests.support.reward_servers PORT`, that imports nothing of the package.
 """
 
 import asyncio
@@ -161,16 +162,15 @@ def strange_app():
 def real_app():
     """The package's server for both kinds, with a limit of 64 KiB."""
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
-    from starlette.routing import Mount, Route
+    from starlette.routing import Mount
 
     from trl_grpo_ext.reward_models.remote.server import create_app
 
     kinds = [Mount(f"/{kind}", create_app(Scorer(), kind, max_bytes=65536)) for kind in ("process", "outcome")]
-    return Starlette(routes=[Route("/health", lambda request: JSONResponse({})), *kinds])
+    return Starlette(routes=kinds)
 
 
 if __name__ == "__main__":
     import uvicorn
 
-    uvicorn.run(real_app() if sys.argv[1] == "real" else strange_app(), port=int(sys.argv[2]), log_level="warning")
+    uvicorn.run(strange_app(), port=int(sys.argv[1]), log_level="warning")

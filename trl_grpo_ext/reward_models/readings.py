@@ -174,9 +174,10 @@ class HeadReading(Reading):
     def check_outputs(self, outputs: int | None) -> None:
         """[`Reading.check_outputs`], and the number of outputs against `head_outputs`."""
         super().check_outputs(outputs)
-        if self.head_outputs not in (None, outputs):
+        expected = self.head_outputs
+        if expected not in (None, outputs):
             raise ValueError(
-                f"the reading {type(self).__name__} takes a head with {self.head_outputs} outputs, not {outputs}."
+                f"the reading {type(self).__name__} takes a head whose `outputs` is {expected}, not {outputs}."
             )
 
     @abstractmethod
