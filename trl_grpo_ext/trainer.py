@@ -23,6 +23,7 @@ from .advantages.combine import process_advantages
 from .checkpoints.trainer import CheckpointedTrainer
 from .config import GRPOExtConfig
 from .distributed import gather, local_rows, total
+from .kl.trainer import KLTrainer
 from .loss import (
     loss_mask,
 )
@@ -111,6 +112,7 @@ class GRPOExtTrainer(CheckpointedTrainer):
             raise TypeError(
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
+        _check_loss_bodies(type(self), args)
         check_columns(
             {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, needs_prompt=environment_factory is None
         )
@@ -362,3 +364,21 @@ def _open_sources(reward_funcs: Any, args: GRPOExtConfig) -> list[Any] | None:
         return None
     init_kwargs = cast(dict[str, Any], args.model_init_kwargs or {})
     return open_reward_models(list_sources(reward_funcs), {"trust_remote_code": args.trust_remote_code, **init_kwargs})
+
+
+def _check_loss_bodies(trainer_class: type, args: GRPOExtConfig) -> None:
+    """
+    Refuse another trainer's loss where it would not read what this package puts into the batch.
+
+    Raises:
+        ValueError: a base class beside this one, such as TRL's `GMPOTrainer`, has a loss of its own.
+    """
+    if args.supervision == "outcome" and args.uses_trl_kl:
+        return
+    for base in trainer_class.__mro__:
+        foreign = issubclass(base, GRPOTrainer) and base is not GRPOTrainer and not issubclass(base, KLTrainer)
+        if foreign and "_compute_loss" in base.__dict__:
+            raise ValueError(
+                f"{trainer_class.__name__} takes its loss from {base.__name__}, which reads one advantage per "
+                "completion and has a KL of its own. Use supervision='outcome' with the default KL, or GRPO's loss."
+            )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 
 from tests.support.training import fixed_completions, loss_and_gradients, make_trainer, moved_policy, scored_batch
 from trl_grpo_ext import DIVERGENCES, ESTIMATORS, Divergence, Estimator, GRPOExtConfig, GRPOExtTrainer, StepRewards
@@ -129,7 +130,7 @@ def test_a_source_that_finds_no_step_says_so_once_by_name(tiny_model, tmp_path, 
         logging.getLogger("transformers").propagate = True
         trainer.train()
     (message,) = [record.getMessage() for record in caplog.records if "found no step" in record.getMessage()]
-    assert "'judge_lines'" in message and "4 completions" in message
+    assert "'judge_lines'" in message and "8 completions" in message
 
 
 def test_the_callers_functions_stay_visible(tiny_model, tmp_path):
@@ -190,3 +191,13 @@ def test_steps_under_outcome_supervision_are_named_once_unless_their_reduction_i
         trainer.train()
     (message,) = [r.getMessage() for r in caplog.records if "returned rewards of steps" in r.getMessage()]
     assert "'judge'" in message and "trains on their sum" in message
+
+
+@pytest.mark.parametrize("changes", [{"supervision": "process"}, {"kl_estimator": "exact", "beta": 0.1}])
+def test_a_loss_of_another_trainer_is_refused_where_it_would_not_read_the_batch(tiny_model, tmp_path, changes):
+    class Joint(GRPOExtTrainer, GMPOTrainer):
+        pass
+
+    trainer_of(Joint, tiny_model, tmp_path)
+    with pytest.raises(ValueError, match="Joint takes its loss from GMPOTrainer"):
+        trainer_of(Joint, tiny_model, tmp_path, **changes)
