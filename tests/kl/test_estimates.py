@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_grpo_ext.kl.estimates import exact_kl, kl_estimate, weight_by_ratio
+from trl_grpo_ext.kl.divergences import exact_divergence
+from trl_grpo_ext.kl.estimates import kl_estimate, weight_by_ratio
 from trl_grpo_ext.loss import importance_ratio
 
 
@@ -39,7 +40,7 @@ def expectation_and_gradient(estimator, sampler, use_ratio):
 
 @pytest.mark.parametrize("sampler", [None, OTHER_SAMPLER], ids=["on policy", "off policy"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_the_expected_gradient_with_the_ratio_is_that_of_the_exact_kl(estimator, sampler):
+def test_the_expected_gradient_with_the_ratio_is_that_of_the_exact_divergence(estimator, sampler):
     kl, gradient = true_kl_and_gradient(POLICY_LOGITS, REFERENCE)
     value, actual = expectation_and_gradient(estimator, sampler, use_ratio=True)
     torch.testing.assert_close(actual, gradient, rtol=1e-10, atol=1e-12)
@@ -50,7 +51,7 @@ def test_the_expected_gradient_with_the_ratio_is_that_of_the_exact_kl(estimator,
 def test_the_exact_kl_has_the_same_gradient_and_no_ratio():
     kl, gradient = true_kl_and_gradient(POLICY_LOGITS, REFERENCE)
     logits = POLICY_LOGITS.clone().requires_grad_()
-    actual = exact_kl(logits, REFERENCE.log())
+    actual = exact_divergence(logits, REFERENCE.log())
     assert actual.item() == pytest.approx(kl, rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(actual, logits)[0], gradient, rtol=1e-10, atol=1e-12)
     assert weight_by_ratio(actual, torch.tensor(3.0), "exact") is actual
@@ -112,11 +113,11 @@ def test_exact_kl_is_computed_in_float32_and_survives_extreme_logits():
         z = ref_logits[row].double().numpy()
         ref_logp = z - np.log(np.exp(z).sum())
         expected = (p * (np.log(p) - ref_logp[:2])).sum()
-        assert exact_kl(logits, ref_logits)[row].item() == pytest.approx(expected, rel=1e-6)
-    assert torch.autograd.grad(exact_kl(logits, ref_logits).sum(), logits)[0].isfinite().all()
-    rounded = exact_kl(logits.bfloat16(), ref_logits.bfloat16())
+        assert exact_divergence(logits, ref_logits)[row].item() == pytest.approx(expected, rel=1e-6)
+    assert torch.autograd.grad(exact_divergence(logits, ref_logits).sum(), logits)[0].isfinite().all()
+    rounded = exact_divergence(logits.bfloat16(), ref_logits.bfloat16())
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact_kl(logits.bfloat16().double(), ref_logits.bfloat16().double()).float())
+    torch.testing.assert_close(rounded, exact_divergence(logits.bfloat16().double(), ref_logits.bfloat16().double()).float())
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_exact_kl_is_computed_in_float32_and_survives_extreme_logits():
         (lambda x: importance_ratio(x, x, x[:, :1], "token"), r"`mask_BT` must have shape \(2, 3\), got \(2, 1\)"),
         (lambda x: importance_ratio(x, x, x, "word"), "`level` must be"),
         (lambda x: weight_by_ratio(x, x, "k4"), "`estimator` must be one of"),
-        (lambda x: exact_kl(x, x[0]), r"`ref_logits` must have shape \(2, 3\), got \(3,\)"),
+        (lambda x: exact_divergence(x, x[0]), r"`ref_logits` must have shape \(2, 3\), got \(3,\)"),
     ],
 )
 def test_bad_input_is_refused(call, message):

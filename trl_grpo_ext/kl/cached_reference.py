@@ -77,9 +77,9 @@ class CachedReference:
             reference_head = _checked_lm_head(reference)
         if ref_model is None and policy_head.weight.dtype != reference_head.weight.dtype:
             raise ValueError(
-                f"The trained LM head is {policy_head.weight.dtype} and the reference's {reference_head.weight.dtype}: "
-                "on a quantised model TRL trains in bfloat16. Load the model with dtype='bfloat16', or leave the head "
-                "out of modules_to_save."
+                f"The trained LM head is {policy_head.weight.dtype} and the reference's "
+                f"{reference_head.weight.dtype}: on a quantised model TRL trains in bfloat16. Load the model with "
+                "dtype='bfloat16', or leave the head out of modules_to_save."
             )
         kl_head = ExactKLHead(
             # Before the first patch of `forward`, which hides TRL's

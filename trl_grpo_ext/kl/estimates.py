@@ -73,29 +73,3 @@ def weight_by_ratio(kl: torch.Tensor, ratio: torch.Tensor, estimator: str) -> to
     if estimator not in ESTIMATORS:
         raise ValueError(f'`estimator` must be one of {ESTIMATORS} or "exact", got {estimator!r}')
     return kl * (ratio.detach() if estimator == "k2" else ratio)
-
-
-def exact_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
-    """
-    Exact KL divergence `sum_v p_v (log p_v - log q_v)` of `p = softmax(logits)` against `q = softmax(ref_logits)`.
-
-    From log-softmax in float32 (float64 stays), v over the last dimension, nats, `0 log 0 = 0`; infinite where q
-    excludes what p allows. The dense form: it holds several tensors of the size of the logits, and is what
-    [`~trl_grpo_ext.kl.fused.token_stats.fused_token_stats`] computes without them.
-
-    Args:
-        logits: policy's logits, already scaled, capped and divided by the temperature, `(..., V)`.
-        ref_logits: the reference's, same shape.
-
-    Returns:
-        Divergences, `(...)`, differentiable in both arguments.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if logits.shape != ref_logits.shape:
-        raise ValueError(f"`ref_logits` must have shape {tuple(logits.shape)}, got {tuple(ref_logits.shape)}")
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    logp, ref_logp = logits.log_softmax(-1, dtype=dtype), ref_logits.log_softmax(-1, dtype=dtype)
-    p = logp.exp()
-    return (p * (logp - ref_logp).masked_fill(p == 0, 0)).sum(-1)

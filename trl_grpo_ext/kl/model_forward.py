@@ -180,7 +180,7 @@ def _exact_kl_output(
         hidden_MH = hidden_MH.float()
         ref_hidden_MH = ref_hidden_MH.float()
         autocast = torch.autocast(device.type, enabled=False)
-    parameters = [*policy] if reference is None else [*policy, *reference]
+    parameters: list[Any] = [*policy] if reference is None else [*policy, *reference]
     with autocast, maybe_gather_lm_head_ctx(*parameters):
         stats = fused_token_stats_for_loss(
             hidden_MH,

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trl_grpo_ext.kl.estimates import exact_kl
-from trl_grpo_ext.kl.fused.token_stats import TokenStats, fused_token_stats, fused_token_stats_for_loss
+from trl_grpo_ext.kl.divergences import exact_divergence
+from trl_grpo_ext.kl.fused.plain import TokenStats
+from trl_grpo_ext.kl.fused.token_stats import fused_token_stats, fused_token_stats_for_loss
 
 
 def root_mean_square(actual, expected):
@@ -129,7 +130,7 @@ def test_gradcheck(scaling, rows, ref_width):
 def test_reduces_to_the_dense_exact_kl():
     p = problem(4, 8, 30, ref_width=5, dtype=torch.float64)
     logits, ref_logits = p.hidden @ p.weight.T + p.bias, p.ref_hidden @ p.ref_weight.T + p.ref_bias
-    torch.testing.assert_close(fused(p).kl, exact_kl(logits, ref_logits), rtol=1e-12, atol=0)
+    torch.testing.assert_close(fused(p).kl, exact_divergence(logits, ref_logits), rtol=1e-12, atol=0)
 
 
 def test_the_kl_is_policy_against_reference():

@@ -1,4 +1,11 @@
-"""The heads' matrix products, a chunk of tokens at a time, and the logits that they become."""
+"""
+The heads' matrix products, a chunk of tokens at a time, and the logits that they become.
+
+Two sizes bound the memory, whatever the number of tokens:
+
+- a chunk is as many tokens as fit into the memory allowed; each matrix product is over one chunk,
+- a block is as many tokens of a chunk as fit into the processor's cache; the elementwise work is over one block.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -6,34 +13,36 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .predicted_gradient import PredictedGradient, SecondPassCount
 
-
-# Elementwise work goes over blocks of this many bytes: what the cache holds on a CPU, and enough for a kernel on a GPU
+# What the cache holds on a CPU, and enough for a kernel on a GPU
 _BLOCK_BYTES = {"cpu": 2**20}
 _BLOCK_BYTES_ELSEWHERE = 32 * 2**20
 # Upper bound of the block-sized tiles alive at the worst moment
 _BLOCK_TILES = 7
-# Chunk-sized tiles: the two models' logits, which make place for what their gradient is made from
+# Chunk-sized tiles: the two models' products, which are overwritten by what their gradient is made from
 _CHUNK_TILES = 2
 
-# From weight and bias of a head to the context in which they are whole
+# From weight and bias of a head to the context in which they are gathered from all processes
 GatherHead = Callable[..., AbstractContextManager[Any]]
 
 
 class HeadOptions(NamedTuple):
-    """From the head's product `y` to the logits, `z = softcap * tanh(y * logit_scale / softcap) / temperature`."""
+    """
+    From the head's product `y = h W^T + b` to the logits:
+
+        z = softcap * tanh(y * logit_scale / softcap) / temperature
+
+    and `z = y * logit_scale / temperature` where `softcap` is `None`.
+    """
 
     temperature: float
     logit_scale: float
     softcap: float | None
     matmul_dtype: torch.dtype
     logits_memory_bytes: int
-    predicted_gradient: PredictedGradient | None
-    gather_head: GatherHead
-    second_pass: SecondPassCount
 
     def logits_(self, y: torch.Tensor) -> torch.Tensor:
+        """`z`, in the place of `y`."""
         if self.softcap is not None:
             return y.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
         factor = self.logit_scale / self.temperature
@@ -48,54 +57,63 @@ class HeadOptions(NamedTuple):
 
 
 class HeadModel(NamedTuple):
-    """One model's hidden states and head, in the dtype of the matrix product."""
+    """The hidden states of one model's M tokens and its head, in the dtype of the matrix product."""
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    hidden_MH: torch.Tensor
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None
     options: HeadOptions
 
     @property
     def dtype(self) -> torch.dtype:
         """Of everything but the matrix products: float32, or float64 for float64 hidden states."""
-        return torch.promote_types(self.hidden.dtype, torch.float32)
+        return torch.promote_types(self.hidden_MH.dtype, torch.float32)
 
     @property
-    def excludes(self) -> bool:
+    def may_exclude(self) -> bool:
         """Whether a logit may be -inf: a bias can say so, and float16 overflows."""
-        return self.bias is not None or self.hidden.dtype == torch.float16
+        return self.bias_V is not None or self.hidden_MH.dtype == torch.float16
 
-    def product(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
-        """The head's product of some rows, in the first rows of `out`: fresh memory for each chunk would be slow."""
-        return torch.mm(self.hidden[rows], self.weight.t(), out=out[: rows.stop - rows.start])
+    def product(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+        """The product of some tokens, in the first rows of `out`: new memory for each chunk would be slow."""
+        return torch.mm(self.hidden_MH[tokens], self.weight_VH.t(), out=out[: tokens.stop - tokens.start])
 
     def logits_(self, product: torch.Tensor) -> torch.Tensor:
-        # Widened after product and bias, as TRL does, so that the log-probabilities are TRL's
-        if self.bias is not None:
-            product += self.bias
+        """The logits of a product, in its place where the dtypes are the same."""
+        # Widened after product and bias, as TRL does, so that the log-probs are TRL's
+        if self.bias_V is not None:
+            product += self.bias_V
         return self.options.logits_(product.to(self.dtype))
 
     @property
-    def _sizes(self) -> tuple[int, int]:
-        """Rows of a chunk and of a block."""
-        vocabulary, memory = self.weight.shape[0], self.options.logits_memory_bytes
-        row = vocabulary * self.dtype.itemsize
-        cache = _BLOCK_BYTES.get(self.hidden.device.type, _BLOCK_BYTES_ELSEWHERE)
-        block = max(1, min(cache, memory // (_BLOCK_TILES + _CHUNK_TILES)) // row)
-        chunk = (memory - _BLOCK_TILES * block * row) // (_CHUNK_TILES * vocabulary * self.hidden.itemsize)
+    def _chunk_and_block_tokens(self) -> tuple[int, int]:
+        vocabulary = self.weight_VH.shape[0]
+        memory = self.options.logits_memory_bytes
+        token_bytes = vocabulary * self.dtype.itemsize
+        cache = _BLOCK_BYTES.get(self.hidden_MH.device.type, _BLOCK_BYTES_ELSEWHERE)
+        block = max(1, min(cache, memory // (_BLOCK_TILES + _CHUNK_TILES)) // token_bytes)
+        chunk_memory = memory - _BLOCK_TILES * block * token_bytes
+        chunk = chunk_memory // (_CHUNK_TILES * vocabulary * self.hidden_MH.itemsize)
         return max(1, chunk), block
 
-    def buffer(self) -> torch.Tensor:
-        """Place for the products of a chunk."""
-        return self.hidden.new_empty(min(self._sizes[0], self.hidden.shape[0]), self.weight.shape[0])
+    def new_product_buffer(self) -> torch.Tensor:
+        """Memory for the products of one chunk."""
+        chunk, _ = self._chunk_and_block_tokens
+        return self.hidden_MH.new_empty(min(chunk, self.hidden_MH.shape[0]), self.weight_VH.shape[0])
 
     def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
-        """The tokens in chunks, for the matrix products, and each chunk in blocks, for the elementwise work."""
-        n_tokens, (chunk, block) = self.hidden.shape[0], self._sizes
+        """All tokens in chunks, each with its blocks; slices of the M tokens."""
+        num_tokens = self.hidden_MH.shape[0]
+        chunk, block = self._chunk_and_block_tokens
         # No token still makes one (empty) chunk, so that empty outputs come out of the same code
-        for start in range(0, max(n_tokens, 1), chunk):
-            stop = min(start + chunk, n_tokens)
+        for start in range(0, max(num_tokens, 1), chunk):
+            stop = min(start + chunk, num_tokens)
             yield slice(start, stop), [slice(s, min(s + block, stop)) for s in range(start, max(stop, 1), block)]
+
+
+def rows_of_block(products: list[torch.Tensor], chunk: slice, block: slice) -> list[torch.Tensor]:
+    """From the products of a chunk, the rows of one of its blocks."""
+    return [product[block.start - chunk.start : block.stop - chunk.start] for product in products]
 
 
 def head_models(tensors, options: HeadOptions) -> tuple[HeadModel, HeadModel]:
@@ -108,7 +126,7 @@ def head_models(tensors, options: HeadOptions) -> tuple[HeadModel, HeadModel]:
 
     policy = model(hidden, weight, bias)
     if ref_weight is None:
-        return policy, policy._replace(hidden=ref_hidden.to(options.matmul_dtype))
+        return policy, policy._replace(hidden_MH=ref_hidden.to(options.matmul_dtype))
     return policy, model(ref_hidden, ref_weight, ref_bias)
 
 

@@ -1,235 +1,286 @@
 """
-The gradient of the fused head: what its forward keeps for its backward, and the second pass where that is not enough.
+The gradient of the fused head: what the forward prepares for the backward, and the second pass for the rest.
+
+The loss depends on a token only through its log-prob, its entropy and its divergence. So the gradient of the loss with
+respect to the token's hidden state h is a weighted sum of three vectors:
+
+    g_logp d logp/dh + g_entropy d entropy/dh + g_kl d kl/dh
+
+The weights `g_logp`, `g_entropy` and `g_kl` come from the loss, in the backward. The vectors do not depend on the
+loss, so the forward can prepare them while it holds the logits. There are three kinds of [`Preparation`]:
+
+- [`TokenDerivatives`], for a frozen head: the forward stores `d logp/dh` and `d kl/dh` of each token.
+- [`NoPreparation`], for a trained head: its gradient is one matrix for each token, too many to store.
+- [`~trl_grpo_ext.kl.fused.predicted_gradient.AppliedPrediction`], for either: the weights are predicted.
+
+What a preparation does not cover is its [`Remainder`], for which the second pass computes the logits of tokens again.
+A gradient of the entropy is always left to the second pass, since few losses have one.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 
-from .chunks import HeadModel, add_product_
-from .predicted_gradient import PredictedGradient
-from .tiles import Rows, Tile, gradient_, recomputed_gradient_, statistics_
+from ..divergences import Distributions, Divergence
+from .chunks import HeadModel, add_product_, rows_of_block
+from .tiles import LossGradients, Statistics, derivatives_, recomputed_gradient_, statistics_
 
 
-# Between two ways to compute the same gradient
-_ROUNDINGS = 64
-
-
-def sloped_(gradient: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
-    """From the logits' gradient to that of the product, without a pass where they are the same."""
+def times_slope_(gradient: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    """From the gradient with respect to the logits to that of the product, without a pass where they are the same."""
     return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
 
 
-def _zeros(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros_like(x, dtype=dtype)
+class GradientSums(NamedTuple):
+    """
+    Gradients of the loss with respect to the policy's hidden states, head and bias; `None` for one that is not wanted.
 
+    Summed over chunks in place, in float32 or better.
+    """
 
-class Gradients(NamedTuple):
-    """What goes back to the policy's hidden states, head and bias, summed in place over chunks, as far as wanted."""
-
-    hidden: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    hidden_MH: torch.Tensor | None
+    weight_VH: torch.Tensor | None
+    bias_V: torch.Tensor | None
 
     @classmethod
-    def zeros(cls, policy: HeadModel, wanted: Sequence[bool]) -> "Gradients":
-        tensors = zip((policy.hidden, policy.weight, policy.bias), wanted, strict=True)
-        return cls(*(_zeros(x, policy.dtype) if want and x is not None else None for x, want in tensors))
+    def zeros(cls, policy: HeadModel, wanted: Sequence[bool]) -> "GradientSums":
+        """Those that are wanted, as zeros."""
+        parameters = (policy.hidden_MH, policy.weight_VH, policy.bias_V)
+        return cls(
+            *(
+                torch.zeros_like(x, dtype=policy.dtype) if want and x is not None else None
+                for x, want in zip(parameters, wanted, strict=True)
+            )
+        )
 
     def add_block(self, product: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Take the gradient with respect to some rows of the product, and leave it in their place for `add_chunk`."""
-        if self.bias is not None:
-            self.bias.add_(gradient.sum(0))
+        """Add a block's gradient with respect to the product, and leave it in the product's place for `add_chunk`."""
+        if self.bias_V is not None:
+            self.bias_V.add_(gradient.sum(0))
         # Copies nothing where the gradient was made in that place
         product.copy_(gradient)
 
-    def add_chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor) -> None:
-        if self.hidden is not None:
-            add_product_(self.hidden[rows], product, policy.weight)
-        if self.weight is not None:
-            add_product_(self.weight, product.t(), policy.hidden[rows])
-
-
-class LossGradients(NamedTuple):
-    """Gradients of the loss with respect to the outputs, `(N, 1)`; None for an output that it does not use."""
-
-    logp: torch.Tensor | None
-    entropy: torch.Tensor | None
-    kl: torch.Tensor | None
-
-    def take(self, rows: torch.Tensor | slice) -> "LossGradients":
-        return LossGradients(*(None if g is None else g[rows] for g in self))
+    def add_chunk(self, policy: HeadModel, tokens: slice, product_gradient: torch.Tensor) -> None:
+        """Add what a chunk's gradient with respect to the product means for hidden states and head."""
+        if self.hidden_MH is not None:
+            add_product_(self.hidden_MH[tokens], product_gradient, policy.weight_VH)
+        if self.weight_VH is not None:
+            add_product_(self.weight_VH, product_gradient.t(), policy.hidden_MH[tokens])
 
 
 class Block(NamedTuple):
-    """Some rows after the forward's elementwise work."""
+    """
+    A block of tokens in the forward, after its elementwise work.
 
-    rows: slice
-    tile: Tile
-    target: torch.Tensor  # column
+    Args:
+        tokens (`slice`):
+            Which of the M tokens.
+        statistics ([`~trl_grpo_ext.kl.fused.tiles.Statistics`]):
+            Their statistics.
+        distributions ([`~trl_grpo_ext.kl.divergences.Distributions`]):
+            The tiles that the gradient is made from; may be overwritten.
+        divergence ([`~trl_grpo_ext.kl.divergences.Divergence`]):
+            Which one.
+        target (`torch.Tensor`):
+            Token ids, a column.
+        slope (`torch.Tensor` or `float`):
+            Derivative of the logits with respect to the product.
+        product, ref_product (`torch.Tensor`):
+            The products' memory. What is left in it, the matrix products of `add_chunk` can use.
+    """
+
+    tokens: slice
+    statistics: Statistics
+    distributions: Distributions
+    divergence: Divergence
+    target: torch.Tensor
     slope: torch.Tensor | float
-    product: torch.Tensor  # these two are free to be overwritten
+    product: torch.Tensor
     ref_product: torch.Tensor
 
 
-class Keep(Protocol):
-    """What the forward does for the backward, between the matrix products."""
+class Remainder(NamedTuple):
+    """
+    What is left to the second pass.
 
-    def block(self, block: Block) -> None:
-        """See the statistics of some rows, and leave in place of their products what `chunk` is to project."""
+    Args:
+        tokens (`torch.Tensor` or `None`):
+            Indices of the tokens that need it; `None` for all.
+        loss ([`~trl_grpo_ext.kl.fused.tiles.LossGradients`]):
+            The gradients of the loss to apply, for all M tokens.
+    """
 
-    def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
-        """Project what the blocks have left."""
+    tokens: torch.Tensor | None
+    loss: LossGradients
 
-    def backward(
-        self, policy: HeadModel, targets: torch.Tensor, loss: LossGradients, wanted: Sequence[bool]
-    ) -> tuple[Gradients, torch.Tensor | None, LossGradients]:
-        """The gradients; the tokens (None: all) that need a second pass; the loss's gradients that it is to apply."""
+
+class Preparation(Protocol):
+    """What the forward does for the backward."""
+
+    def add_block(self, block: Block) -> None:
+        """See a block, and leave in its products' memory what [`Preparation.add_chunk`] multiplies."""
+
+    def add_chunk(self, policy: HeadModel, tokens: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+        """Multiply what the blocks of a chunk have left in the products' memory."""
+
+    def gradients(
+        self, policy: HeadModel, loss: LossGradients, wanted: Sequence[bool]
+    ) -> tuple[GradientSums, Remainder]:
+        """In the backward: the gradients as far as they are prepared, and what is left to the second pass."""
         ...
 
 
-class KeepNothing:
-    """Everything is left to a second pass."""
+class NoPreparation:
+    """Leaves everything to the second pass."""
 
-    def block(self, block: Block) -> None:
+    def add_block(self, block: Block) -> None:
         pass
 
-    def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+    def add_chunk(self, policy: HeadModel, tokens: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         pass
 
-    def backward(self, policy, targets, loss, wanted):
-        return Gradients.zeros(policy, wanted), None, loss
+    def gradients(
+        self, policy: HeadModel, loss: LossGradients, wanted: Sequence[bool]
+    ) -> tuple[GradientSums, Remainder]:
+        return GradientSums.zeros(policy, wanted), Remainder(None, loss)
 
 
-class KeepBases:
+class TokenDerivatives:
     """
-    For a frozen head: the gradient to a token's hidden state is a combination of two vectors known in the forward.
+    Stores the derivatives of each token's log-prob and divergence with respect to its hidden state, for a frozen head.
 
-    `g_logp sum_v (1[v = target] - p_v) slope_v w_v + g_kl sum_v p_v (log_ratio_v - mean) slope_v w_v`. The target's
-    own term is in the sum, since in bfloat16 two sums would not cancel where p_target is close to 1.
+        d logp/dh = sum_v (1[v = target] - p_v) slope_v w_v
+        d kl/dh   = sum_v p_v (s_v - mean_score) slope_v w_v
+
+    `w_v` is the head's row of token v, `slope_v` the derivative of its logit with respect to the product. The target's
+    own term belongs into the first sum: in bfloat16, two rounded sums would not cancel where p of the target is nearly
+    1.
     """
 
     def __init__(self, policy: HeadModel):
-        shape = policy.hidden.shape
-        self.logp_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
-        self.kl_basis = policy.hidden.new_zeros(shape, dtype=policy.dtype)
+        self.d_logp_MH = torch.zeros_like(policy.hidden_MH, dtype=policy.dtype)
+        self.d_kl_MH = torch.zeros_like(policy.hidden_MH, dtype=policy.dtype)
 
-    def block(self, block: Block) -> None:
-        tile, slope = block.tile, block.slope
-        block.product.copy_(sloped_(tile.log_ratio.sub_(tile.rows.mean_log_ratio).mul_(tile.p), slope))
-        direction = tile.p.neg_().scatter_add_(-1, block.target, torch.ones_like(tile.rows.logp))
-        block.ref_product.copy_(sloped_(direction, slope))
+    def add_block(self, block: Block) -> None:
+        d_logp, d_kl = derivatives_(block.distributions, block.divergence, block.statistics.mean_score, block.target)
+        block.product.copy_(times_slope_(d_kl, block.slope))
+        block.ref_product.copy_(times_slope_(d_logp, block.slope))
 
-    def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
-        add_product_(self.kl_basis[rows], product, policy.weight)
-        add_product_(self.logp_basis[rows], ref_product, policy.weight)
+    def add_chunk(self, policy: HeadModel, tokens: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
+        add_product_(self.d_kl_MH[tokens], product, policy.weight_VH)
+        add_product_(self.d_logp_MH[tokens], ref_product, policy.weight_VH)
 
-    def backward(self, policy, targets, loss, wanted):
-        hidden = torch.zeros_like(self.kl_basis)
+    def gradients(
+        self, policy: HeadModel, loss: LossGradients, wanted: Sequence[bool]
+    ) -> tuple[GradientSums, Remainder]:
+        hidden_MH = torch.zeros_like(self.d_kl_MH)
         if loss.kl is not None:
-            hidden.addcmul_(self.kl_basis, loss.kl)
+            hidden_MH.addcmul_(self.d_kl_MH, loss.kl)
         if loss.logp is not None:
-            hidden.addcmul_(self.logp_basis, loss.logp)
-        return Gradients(hidden, None, None), None, LossGradients(None, loss.entropy, None)
+            hidden_MH.addcmul_(self.d_logp_MH, loss.logp)
+        return GradientSums(hidden_MH, None, None), Remainder(None, LossGradients(None, loss.entropy, None))
 
 
-class KeepExpected:
-    """The gradients of the expected loss; the backward applies the factor, and corrects the tokens that differ."""
-
-    def __init__(self, policy: HeadModel, wanted: Sequence[bool], expected: PredictedGradient):
-        self.gradients: Gradients | None = Gradients.zeros(policy, wanted)
-        self.expected, self.tolerance = expected, 0.0
-        self.loss_N2 = policy.hidden.new_empty(policy.hidden.shape[0], 2, dtype=policy.dtype)
-
-    def block(self, block: Block) -> None:
-        tile, gradients = block.tile, cast(Gradients, self.gradients)
-        foretold = self.expected(tile.rows.logp.squeeze(-1), block.rows)
-        # What is not finite could not be made good
-        g_logp, g_kl = (g.to(self.loss_N2.dtype).nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1) for g in foretold)
-        gradient = gradient_(tile, block.target, g_logp, g_kl)
-        gradients.add_block(block.product, sloped_(gradient, block.slope))
-        self.tolerance = _ROUNDINGS * torch.finfo(foretold[0].dtype).eps
-        self.loss_N2[block.rows] = torch.cat([g_logp, g_kl], -1)
-
-    def chunk(self, policy: HeadModel, rows: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
-        cast(Gradients, self.gradients).add_chunk(policy, rows, product)
-
-    def backward(self, policy, targets, loss, wanted):
-        # Given away, not copied: a weight's gradient is large. A second backward through one forward makes its own
-        gradients, self.gradients = self.gradients, None
-        if gradients is None:
-            return Gradients.zeros(policy, wanted), None, loss
-        expected_N2 = self.loss_N2
-        nothing = torch.zeros_like(expected_N2[:, :1])
-        g_logp, g_entropy, g_kl = (nothing if g is None else g for g in loss)
-        found_N2 = torch.cat([g_logp, g_kl], -1)
-        # The weight of the KL is known for certain, so the factor is the one that it arrived with
-        kl_weight = expected_N2[:, 1:].where(expected_N2[:, 1:] != 0, torch.nan)
-        factor = (g_kl / kl_weight).nanmedian().nan_to_num(1.0)
-        missing_N2 = found_N2 - factor * expected_N2
-        same_N2 = (missing_N2.abs() <= self.tolerance * found_N2.abs()) & found_N2.isfinite()
-        tokens = (~same_N2.all(-1) | (g_entropy != 0).squeeze(-1)).nonzero().squeeze(-1)
-        for x in gradients:
-            if x is not None:
-                x.mul_(factor)
-        return gradients, tokens, LossGradients(missing_N2[:, :1], loss.entropy, missing_N2[:, 1:])
+# The work on a block is a function of its own, so that its tiles are freed before those of the next block are made
 
 
-def what_to_keep(policy: HeadModel, wanted: Sequence[bool]) -> Keep:
-    """For the gradients that are wanted, to hidden states, weight and bias, and what is expected of the loss."""
-    # A half's gradient underflows unless the loss is scaled, by a factor that the forward does not know
-    is_half = policy.hidden.dtype == torch.float16
-    if policy.options.predicted_gradient is not None and any(wanted) and not is_half:
-        return KeepExpected(policy, wanted, policy.options.predicted_gradient)
-    return KeepBases(policy) if tuple(wanted) == (True, False, False) else KeepNothing()
-
-
-# A block's work is a function of its own, so that its tiles are freed before the next block's are made
-
-
-def first_block(
-    policy: HeadModel, reference: HeadModel, keep: Keep, places: list[torch.Tensor], rows: slice, target: torch.Tensor
-) -> torch.Tensor:
-    """The statistics of some tokens, `(n, 9)`, from the products in `places`, which then hold what is kept of them."""
-    logits, ref_logits = policy.logits_(places[0]), reference.logits_(places[1])
-    slope = policy.options.slope(logits)
-    tile = statistics_(logits, ref_logits, target, policy.excludes or reference.excludes)
-    keep.block(Block(rows, tile, target, slope, places[0], places[1]))
-    return torch.cat(tile.rows, -1)
-
-
-def _second_block(
+def first_pass_block(
     policy: HeadModel,
     reference: HeadModel,
-    gradients: Gradients,
-    places: list[torch.Tensor],
-    rows: Rows,
+    divergence: Divergence,
+    preparation: Preparation,
+    products: list[torch.Tensor],
+    tokens: slice,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """The [`~trl_grpo_ext.kl.fused.tiles.Statistics`] of a block in one tensor `(M, 9)`; overwrites the products."""
+    product, ref_product = products
+    logits = policy.logits_(product)
+    ref_logits = reference.logits_(ref_product)
+    slope = policy.options.slope(logits)
+    may_exclude = policy.may_exclude or reference.may_exclude
+    statistics, distributions = statistics_(logits, ref_logits, target, divergence, may_exclude)
+    preparation.add_block(Block(tokens, statistics, distributions, divergence, target, slope, product, ref_product))
+    return torch.cat(statistics, -1)
+
+
+def _second_pass_block(
+    policy: HeadModel,
+    reference: HeadModel,
+    divergence: Divergence,
+    sums: GradientSums,
+    products: list[torch.Tensor],
+    statistics: Statistics,
     target: torch.Tensor,
     loss: LossGradients,
 ) -> None:
-    logits, ref_logits = policy.logits_(places[0]), None if loss.kl is None else reference.logits_(places[1])
+    logits = policy.logits_(products[0])
+    ref_logits = None if loss.kl is None else reference.logits_(products[1])
     slope = policy.options.slope(logits)
-    excludes = policy.excludes or reference.excludes
-    gradient = recomputed_gradient_(logits, ref_logits, rows, target, loss.logp, loss.entropy, loss.kl, excludes)
-    gradients.add_block(places[0], sloped_(gradient, slope))
+    may_exclude = policy.may_exclude or reference.may_exclude
+    gradient = recomputed_gradient_(logits, ref_logits, statistics, target, loss, divergence, may_exclude)
+    sums.add_block(products[0], times_slope_(gradient, slope))
 
 
-def add_second_pass(
-    gradients: Gradients,
+def _add_all_tokens(
+    sums: GradientSums,
     policy: HeadModel,
     reference: HeadModel,
+    divergence: Divergence,
     targets: torch.Tensor,
-    rows: Rows,
+    statistics_M9: torch.Tensor,
     loss: LossGradients,
 ) -> None:
-    """Add the gradients that are made from logits computed again."""
     models = (policy,) if loss.kl is None else (policy, reference)
-    buffers = [policy.buffer() for _ in models]
+    buffers = [policy.new_product_buffer() for _ in models]
     for chunk, blocks in policy.chunks():
         products = [model.product(chunk, out) for model, out in zip(models, buffers, strict=True)]
         for block in blocks:
-            places = [product[block.start - chunk.start : block.stop - chunk.start] for product in products]
-            own_rows, own_loss = Rows(*(x[block] for x in rows)), loss.take(block)
-            _second_block(policy, reference, gradients, places, own_rows, targets[block], own_loss)
-        gradients.add_chunk(policy, chunk, products[0])
+            _second_pass_block(
+                policy,
+                reference,
+                divergence,
+                sums,
+                rows_of_block(products, chunk, block),
+                Statistics(*statistics_M9[block].split(1, -1)),
+                targets[block],
+                loss.of(block),
+            )
+        sums.add_chunk(policy, chunk, products[0])
+
+
+def add_second_pass(
+    sums: GradientSums,
+    policy: HeadModel,
+    reference: HeadModel,
+    divergence: Divergence,
+    targets: torch.Tensor,
+    statistics_M9: torch.Tensor,
+    remainder: Remainder,
+) -> int:
+    """
+    Add the gradients of the remainder, from logits that are computed again.
+
+    Returns:
+        `int`: number of tokens whose logits were computed again.
+    """
+    tokens, loss = remainder
+    if all(g is None for g in loss):
+        return 0
+    if tokens is None:
+        _add_all_tokens(sums, policy, reference, divergence, targets, statistics_M9, loss)
+        return len(targets)
+    if len(tokens) == 0:
+        return 0
+    own_policy = policy._replace(hidden_MH=policy.hidden_MH[tokens])
+    own_reference = reference._replace(hidden_MH=reference.hidden_MH[tokens])
+    own_sums = sums
+    if sums.hidden_MH is not None:
+        own_sums = sums._replace(hidden_MH=torch.zeros_like(own_policy.hidden_MH, dtype=policy.dtype))
+    _add_all_tokens(
+        own_sums, own_policy, own_reference, divergence, targets[tokens], statistics_M9[tokens], loss.of(tokens)
+    )
+    if sums.hidden_MH is not None and own_sums.hidden_MH is not None:
+        sums.hidden_MH.index_add_(0, tokens, own_sums.hidden_MH)
+    return len(tokens)

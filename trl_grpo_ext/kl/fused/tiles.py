@@ -1,18 +1,26 @@
 """
-What is computed from a few rows of logits, `(n, V)`: statistics of each token, and their gradient.
+The elementwise work on the logits of a few tokens: their statistics, and the gradient with respect to the logits.
 
-Everything works in place and row by row: called on a few rows at a time, a tile stays in the processor's cache from
-one pass over it to the next. A trailing underscore says that arguments are overwritten; columns have shape `(n, 1)`.
+A tile is a tensor of shape `(M, V)`, a row for each of a few tokens, and a column is one of shape `(M, 1)`. A small
+tile stays in the processor's cache from one operation to the next, so everything works in place. A trailing underscore
+says that a function overwrites its arguments.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 
+from ..divergences import Distributions, Divergence
 
-class Rows(NamedTuple):
-    """Statistics of each row, all columns: the results, then what the gradient needs to compute the row again."""
+
+class Statistics(NamedTuple):
+    """
+    Statistics of each token, all columns.
+
+    The first four are the results, see [`~trl_grpo_ext.kl.fused.plain.TokenStats`]. The next four make a token's
+    log-probs from its logits once more: `log p = logits - maximum - log_total`. The last one is `sum_v p_v s_v`, with
+    the divergence's score s.
+    """
 
     logp: torch.Tensor
     entropy: torch.Tensor
@@ -22,108 +30,146 @@ class Rows(NamedTuple):
     log_total: torch.Tensor
     ref_maximum: torch.Tensor
     ref_log_total: torch.Tensor
-    mean_log_ratio: torch.Tensor
+    mean_score: torch.Tensor
 
 
-class Tile(NamedTuple):
-    """Statistics of some rows, and the two tiles that their gradient is made from."""
+class LossGradients(NamedTuple):
+    """Gradients of the loss with respect to the statistics, all columns; `None` for one that the loss does not use."""
 
-    rows: Rows
-    p: torch.Tensor
-    log_ratio: torch.Tensor  # 0 where p is 0, which weighs nothing whatever the reference says
+    logp: torch.Tensor | None
+    entropy: torch.Tensor | None
+    kl: torch.Tensor | None
+
+    def of(self, tokens: torch.Tensor | slice) -> "LossGradients":
+        """Those of some tokens."""
+        return LossGradients(*(None if g is None else g[tokens] for g in self))
 
 
-def _mean(values: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+def statistics_(
+    logits: torch.Tensor, ref_logits: torch.Tensor, target: torch.Tensor, divergence: Divergence, may_exclude: bool
+) -> tuple[Statistics, Distributions]:
+    """
+    Statistics of a few tokens, and what [`gradient_`] needs of the tiles.
+
+    Args:
+        logits (`torch.Tensor` of shape `(M, V)`):
+            Of the policy.
+        ref_logits (`torch.Tensor` of shape `(M, V)`):
+            Of the reference.
+        target (`torch.Tensor` of shape `(M, 1)`):
+            Token ids.
+        divergence ([`~trl_grpo_ext.kl.divergences.Divergence`]):
+            Which one the statistic `kl` is.
+        may_exclude (`bool`):
+            Whether logits may be -inf. If not, a few operations are spared.
+    """
+    maximum = logits.amax(-1, keepdim=True)
+    ref_maximum = ref_logits.amax(-1, keepdim=True)
+    shifted = logits.sub_(maximum)
+    ref_shifted = ref_logits.sub_(ref_maximum)
+    p = shifted.exp()
+    q = ref_shifted.exp()
+    total = p.sum(-1, keepdim=True)
+    ref_total = q.sum(-1, keepdim=True)
+    p.div_(total)
+    q.div_(ref_total)
+    log_total = total.log()
+    ref_log_total = ref_total.log()
+    logp = shifted.gather(-1, target) - log_total
+    ref_logp = ref_shifted.gather(-1, target) - ref_log_total
+    entropy = log_total - _mean(shifted, p, may_exclude)
+    # One subtraction of the tiles: where the models are equal, the result is exactly 0
+    log_ratio = shifted.sub_(ref_shifted).add_(ref_log_total - log_total)
+    distributions = _weighed(Distributions(p, q, log_ratio), divergence, may_exclude)
+    mean_score, ref_mean_score = divergence.means_(distributions, ref_shifted)
+    kl = (mean_score + ref_mean_score).clamp_(min=0)
+    results = (logp, entropy, kl, ref_logp)
+    return Statistics(*results, maximum, log_total, ref_maximum, ref_log_total, mean_score), distributions
+
+
+def _mean(values: torch.Tensor, p: torch.Tensor, may_exclude: bool) -> torch.Tensor:
+    """`sum_v p_v values_v`, a column."""
+    if may_exclude:
+        values = values.masked_fill(p == 0, 0)
     return torch.linalg.vecdot(values, p).unsqueeze(-1)
 
 
-def _mass_gap_(log_ratio: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+def _weighed(distributions: Distributions, divergence: Divergence, may_exclude: bool) -> Distributions:
+    """Set the log-ratio to 0 where it weighs nothing, as [`Divergence.weight`] says."""
+    if may_exclude:
+        weight = distributions.p if divergence.weight == "policy" else distributions.q
+        distributions.log_ratio.masked_fill_(weight == 0, 0)
+    return distributions
+
+
+def gradient_(
+    distributions: Distributions,
+    divergence: Divergence,
+    mean_score: torch.Tensor,
+    target: torch.Tensor,
+    g_logp: torch.Tensor,
+    g_kl: torch.Tensor,
+) -> torch.Tensor:
     """
-    `sum_v (q_v - p_v)` to the precision of the log-ratios rather than of the two sums, a column.
+    Gradient of `g_logp logp + g_kl kl` with respect to the logits, a tile; `g_logp` and `g_kl` are columns.
 
-    `q - p = p * expm1(-log_ratio)` loses nothing where the two are close, and `max(q - e p, 0)` adds what the clamp
-    cuts off where `q > e p` (there the exponential could overflow, or `p` be 0).
+        g_logp (1[v = target] - p_v) + g_kl p_v (s_v - mean_score)
+
+    `mean_score` is a column of [`Statistics`], the sum over the same rounded p: a row of the gradient must sum to 0.
     """
-    excess = q.sub_(p, alpha=math.e).clamp_(min=0).sum(-1, keepdim=True)
-    return _mean(torch.neg(log_ratio, out=scratch).clamp_(max=1).expm1_(), p) + excess
+    gradient = divergence.weighted_score_(distributions).mul_(g_kl)
+    gradient.addcmul_(distributions.p, g_logp + g_kl * mean_score, value=-1)
+    return gradient.scatter_add_(-1, target, g_logp)
 
 
-def statistics_(logits: torch.Tensor, ref_logits: torch.Tensor, target: torch.Tensor, excludes: bool) -> Tile:
+def derivatives_(
+    distributions: Distributions, divergence: Divergence, mean_score: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-probability of the target, entropy, KL and the reference's log-probability of each row.
+    Derivatives of `logp` and of `kl` with respect to the logits, two tiles.
 
-    Args:
-        logits, ref_logits (`torch.Tensor` of shape `(n, V)`):
-            Of policy and reference.
-        target (`torch.Tensor` of shape `(n, 1)`):
-            Token ids.
-        excludes (`bool`):
-            Whether logits may be -inf.
+        d logp / d z_v = 1[v = target] - p_v
+        d kl / d z_v   = p_v (s_v - mean_score)
     """
-    maximum, ref_maximum = logits.amax(-1, keepdim=True), ref_logits.amax(-1, keepdim=True)
-    shifted, ref_shifted = logits.sub_(maximum), ref_logits.sub_(ref_maximum)
-    p, q = shifted.exp(), ref_shifted.exp()
-    total, ref_total = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
-    p, q, log_total, ref_log_total = p.div_(total), q.div_(ref_total), total.log(), ref_total.log()
-    logp, ref_logp = shifted.gather(-1, target) - log_total, ref_shifted.gather(-1, target) - ref_log_total
-    impossible = p == 0 if excludes else None
-    if impossible is not None:
-        shifted.masked_fill_(impossible, 0)
-    entropy = log_total - _mean(shifted, p)
-    log_ratio = shifted.sub_(ref_shifted).add_(ref_log_total - log_total)
-    if impossible is not None:
-        log_ratio.masked_fill_(impossible, 0)
-    mean = _mean(log_ratio, p)
-    # sum_v (q - p) is 0 but for rounding: adding it turns each term into p log(p/q) + q - p >= 0, second order in the
-    # log-ratio, so that rounding in the normalisers does not drown (or turn negative) a small KL.
-    kl = (mean + _mass_gap_(log_ratio, p, q, scratch=ref_shifted)).clamp_(min=0)
-    rows = Rows(logp, entropy, kl, ref_logp, maximum, log_total, ref_maximum, ref_log_total, mean)
-    return Tile(rows, p, log_ratio)
-
-
-def gradient_(tile: Tile, target: torch.Tensor, g_logp: torch.Tensor, g_kl: torch.Tensor) -> torch.Tensor:
-    """
-    Gradient of `g_logp logp + g_kl kl` with respect to the logits, in the place of `log_ratio`; `g_*` are columns.
-
-    `g_logp (1[v = target] - p_v) + g_kl p_v (log_ratio_v - mean_log_ratio)`. The mean is the one that was summed: p
-    sums to 1 only to rounding, and a row's gradient must sum to 0.
-    """
-    weight = tile.log_ratio.sub_(tile.rows.mean_log_ratio).mul_(g_kl).sub_(g_logp)
-    return weight.mul_(tile.p).scatter_add_(-1, target, g_logp)
+    d_kl = divergence.weighted_score_(distributions).addcmul_(distributions.p, mean_score, value=-1)
+    d_logp = distributions.p.neg_().scatter_add_(-1, target, torch.ones_like(mean_score))
+    return d_logp, d_kl
 
 
 def recomputed_gradient_(
     logits: torch.Tensor,
     ref_logits: torch.Tensor | None,
-    rows: Rows,
+    statistics: Statistics,
     target: torch.Tensor,
-    g_logp: torch.Tensor | None,
-    g_entropy: torch.Tensor | None,
-    g_kl: torch.Tensor | None,
-    excludes: bool,
+    loss: LossGradients,
+    divergence: Divergence,
+    may_exclude: bool,
 ) -> torch.Tensor:
     """
-    Gradient of `g_logp logp + g_entropy entropy + g_kl kl` with respect to the logits, in their place.
+    Gradient of the loss with respect to the logits, a tile, from the logits and the statistics of the first pass.
 
-    Adds `- g_entropy p_v (log p_v + entropy)` to that of [`gradient_`]. `g_kl` and `ref_logits` are both None or
-    neither.
+    The sum of [`gradient_`] and of the entropy's part:
+
+        - g_entropy p_v (log p_v + entropy)
+
+    `ref_logits` may be `None` where the loss does not use the divergence.
     """
-    logp = logits.sub_(rows.maximum).sub_(rows.log_total)
+    logp = logits.sub_(statistics.maximum).sub_(statistics.log_total)
     p = logp.exp()
-    impossible = p == 0 if excludes else None
-    if impossible is not None:
-        logp.masked_fill_(impossible, 0)
-    uncertain = None if g_entropy is None else (logp + rows.entropy).mul_(g_entropy)
-    if ref_logits is None or g_kl is None:
-        weight = logp.zero_()
+    # What is multiplied by -p: a column without the entropy, a tile with it
+    factor = torch.zeros_like(statistics.logp) if loss.logp is None else loss.logp
+    if loss.kl is not None:
+        factor = factor + loss.kl * statistics.mean_score
+    if loss.entropy is not None:
+        entropy_score = logp + statistics.entropy
+        if may_exclude:
+            entropy_score.masked_fill_(p == 0, 0)
+        factor = entropy_score.mul_(loss.entropy).add_(factor)
+    if ref_logits is None or loss.kl is None:
+        gradient = torch.mul(p, factor, out=logp).neg_()
     else:
-        ref_logp = ref_logits.sub_(rows.ref_maximum).sub_(rows.ref_log_total)
-        weight = logp.sub_(ref_logp)
-        if impossible is not None:
-            weight.masked_fill_(impossible, 0)
-        weight.sub_(rows.mean_log_ratio).mul_(g_kl)
-    if uncertain is not None:
-        weight.sub_(uncertain)
-    if g_logp is None:
-        return weight.mul_(p)
-    return weight.sub_(g_logp).mul_(p).scatter_add_(-1, target, g_logp)
+        ref_logp = ref_logits.sub_(statistics.ref_maximum).sub_(statistics.ref_log_total)
+        log_ratio = logp.sub_(ref_logp)
+        distributions = _weighed(Distributions(p, ref_logp.exp_(), log_ratio), divergence, may_exclude)
+        gradient = divergence.weighted_score_(distributions).mul_(loss.kl).addcmul_(p, factor, value=-1)
+    return gradient if loss.logp is None else gradient.scatter_add_(-1, target, loss.logp)
