@@ -82,7 +82,8 @@ def case(size: str, trained: bool) -> Case:
     # In place: a second copy would raise the peak
     head = torch.randn(vocabulary, width, device=device(), dtype=dtype()).div_(width**0.5).requires_grad_(trained)
     targets = torch.randint(vocabulary, (tokens,), device=device())
-    g_logp, g_kl = torch.randn(tokens, device=device()), torch.full((tokens,), 0.1, device=device())
+    g_logp = torch.randn(tokens, device=device())
+    g_kl = torch.full((tokens,), 0.1, device=device())
     return Case(hidden.requires_grad_(), head, targets, hidden.detach() * 1.1, g_logp, g_kl)
 
 
@@ -91,7 +92,8 @@ def case(size: str, trained: bool) -> Case:
 
 
 def floor(c: Case) -> None:
-    hidden, head = c.hidden.detach(), c.head.detach()
+    hidden = c.hidden.detach()
+    head = c.head.detach()
     logits = hidden @ head.t()
     torch.mm(logits, head)
     if c.head.requires_grad:
