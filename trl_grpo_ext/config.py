@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from ._trl import ADVANTAGE_EPS, GRPOConfig
 from .advantages.combine import GAMMA_UNITS
 from .advantages.estimators import ESTIMATORS, find_estimator
+from .kl.divergences import DIVERGENCES
 from .kl.fused.token_stats import LOGITS_MEMORY_BYTES
 from .loss import LOSS_REDUCTIONS
 from .rewards.transforms import parse_transform
@@ -19,7 +20,6 @@ SUPERVISIONS = ("outcome", "process")
 KL_ESTIMATORS = ("k3", "k1", "k2", "exact")
 KL_REDUCTIONS = ("loss_type", "token_mean")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-DIVERGENCES = ("reverse", "forward")
 POSITION_BASELINES = tuple(ESTIMATORS["position"].options["position_baseline"])
 _GAMMA = 0.99
 
