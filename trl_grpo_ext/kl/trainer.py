@@ -24,7 +24,7 @@ from ..loss import (
 )
 from .cached_reference import CachedReference, take_hidden_states
 from .estimates import kl_estimate, weight_by_ratio
-from .reference import OnSync, adapter_reference, move_adapter_reference, prepare_adapter_reference
+from .reference import OnSync, adapter_reference, keep_requires_grad, move_adapter_reference, prepare_adapter_reference
 
 
 class KLTrainer(GRPOTrainer):
@@ -134,8 +134,11 @@ class KLTrainer(GRPOTrainer):
         )
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        if self._reference is not None:
+        # TRL activates the reference's adapter here, whereupon PEFT lets all of the policy's train
+        with keep_requires_grad(self.model):
+            output = super()._generate_and_score_completions(inputs)
+        # A callback may have set `beta` to 0, and then TRL runs no reference
+        if self._reference is not None and self.beta != 0.0:
             output["ref_hidden_states"] = take_hidden_states(output)
         return output
 
@@ -143,7 +146,7 @@ class KLTrainer(GRPOTrainer):
         inputs = dict(inputs)
         outputs: list[Any] = []
         policy_forward = model
-        if self._reference is not None:
+        if self._reference is not None and self.beta != 0.0:
             predicted_gradient = self._predicted_gradient(inputs)
             policy_forward = self._reference.policy_forward(model, inputs, predicted_gradient=predicted_gradient)
 
