@@ -1,10 +1,11 @@
 """
-Every name of TRL that this package overrides, calls, reads or sets, checked once at import.
+The names of TRL that this package overrides, calls, reads or sets, checked once at import.
 
 TRL's underscore methods are not a public API, so a TRL that lacks one of these names stops the import, instead of
-training something else. The check sees that a name is there, not what is done with it: see
-[`~trl_grpo_ext._upstream_sources`] for that. Of transformers and peft, those names are checked that their
-documentation does not promise.
+training something else. Of transformers, accelerate and peft, the names are checked that their documentation does not
+promise. The tests collect the names that the package uses, and compare them with these tables.
+
+The check sees that a name is there, not what is done with it: see [`~trl_grpo_ext._upstream_sources`] for that.
 
 Methods and functions are written as `module:qualified_name`.
 """
@@ -46,6 +47,7 @@ _PARAMETERS: dict[str, list[Any]] = {
     f"{_TRAINER}._compute_loss": ["self", "model", "inputs"],
     f"{_TRAINER}._prepare_inputs": ["self", "generation_batch"],
     f"{_TRAINER}._save_checkpoint": ["self", "model", "trial"],
+    f"{_TRAINER}._get_train_sampler": ["self", "dataset"],
     f"{_TRAINER}.log": ["self", "logs", "start_time"],
     _CALLBACK: ["ref_model", "accelerator"],
     f"{_CALLBACK}.sync_target_model": ["model", "target_model", "alpha"],
@@ -55,13 +57,24 @@ _PARAMETERS: dict[str, list[Any]] = {
     f"{_UTILS}:maybe_gather_lm_head_ctx": ["params"],
     f"{_UTILS}:use_adapter": ["model", "adapter_name"],
     "trl.models.utils:prepare_deepspeed": ["model", "accelerator"],
+    "transformers:Trainer._finalize_training": ["self", "trial", ...],
+    "transformers:Trainer._init_training_state": ["self", ...],
+    "transformers:Trainer._load_best_model": ["self"],
+    "transformers:Trainer._load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }
 
 # Attributes that a method has to read or set: those that this package reads, and those that it sets for TRL to read
 _ATTRIBUTES = {
     f"{_TRAINER}.__init__": {
-        *("accelerator", "add_callback", "args", "is_fsdp_enabled", "model", "ref_model"),
-        *("reward_funcs", "reward_func_names", "reward_weights", "scale_rewards", "multi_objective_aggregation"),
+        *("accelerator", "add_callback", "args", "is_deepspeed_enabled", "is_fsdp_enabled", "model"),
+        *(
+            "ref_model",
+            "reward_funcs",
+            "reward_func_names",
+            "reward_weights",
+            "scale_rewards",
+            "multi_objective_aggregation",
+        ),
         *("num_generations", "num_generations_eval", "num_iterations", "max_completion_length", "rollout_func"),
         *("loss_type", "beta", "importance_sampling_level", "epsilon_low", "epsilon_high"),
         *("aux_loss_enabled", "router_aux_loss_coef", "_entropy_bonus_enabled"),
@@ -103,11 +116,12 @@ _CONSTANTS: dict[str, set[Any]] = {
 # Fields of TRL's dataclasses
 _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
-        *("beta", "importance_sampling_level", "loss_type", "max_completion_length", "model_init_kwargs"),
-        *("multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold"),
-        *("output_dir", "per_device_train_batch_size", "push_to_hub", "ref_model_mixup_alpha"),
-        *("ref_model_sync_steps", "save_total_limit", "scale_rewards", "steps_per_generation", "sync_ref_model"),
-        *("trust_remote_code", "use_bias_correction_kl"),
+        *("beta", "generation_kwargs", "importance_sampling_level", "loss_type", "mask_truncated_completions"),
+        *("max_completion_length", "min_p", "model_init_kwargs", "multi_objective_aggregation", "num_generations"),
+        *("num_iterations", "off_policy_mask_threshold", "output_dir", "per_device_train_batch_size", "push_to_hub"),
+        *("ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_penalty", "reward_weights"),
+        *("save_total_limit", "scale_rewards", "steps_per_generation", "sync_ref_model", "temperature", "top_k"),
+        *("top_p", "trust_remote_code", "use_bias_correction_kl"),
     },
     f"{_UTILS}:FusedCausalLMOutput": {"log_probs", "entropy", "label_mask", "aux_loss"},
 }
@@ -120,15 +134,29 @@ HEAD_VARIABLES = {
     "cast_to_fp32": "cast_lm_head_to_fp32",
 }
 
-# Names of transformers and peft that their documentation does not promise, by the file that uses them
+# Other names of TRL, transformers, accelerate and peft that they do not document, by the file that uses them
 PRIVATE_NAMES = {
-    "checkpoints/folders.py": ["transformers.trainer_utils:PREFIX_CHECKPOINT_DIR"],
+    "cli.py": [
+        "accelerate.commands.launch:launch_command",
+        "accelerate.commands.launch:launch_command_parser",
+        "trl.cli.accelerate_config:resolve_accelerate_config_argument",
+        "trl.scripts.grpo:main",
+        "trl.scripts.grpo:make_parser",
+    ],
+    "checkpoints/folders.py": [
+        "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR",
+        "transformers.trainer_utils:sort_checkpoints",
+    ],
     "checkpoints/manifest.py": ["transformers.trainer:TRAINER_STATE_NAME"],
     "checkpoints/trainer.py": [
         "transformers:Trainer._get_output_dir",
         "transformers:Trainer._push_from_checkpoint",
-        "transformers:Trainer._save_checkpoint",
         "transformers.trainer:TRAINING_ARGS_NAME",
+    ],
+    "checkpoints/weights.py": [
+        "transformers.conversion_mapping:get_model_conversion_mapping",
+        "transformers.utils:SAFE_WEIGHTS_INDEX_NAME",
+        "transformers.utils:SAFE_WEIGHTS_NAME",
     ],
     "kl/model_forward.py": [
         "peft.utils:ModulesToSaveWrapper",
@@ -141,6 +169,7 @@ PRIVATE_NAMES = {
         "transformers.integrations.deepspeed:unset_hf_deepspeed_config",
         "transformers.utils.peft_utils:find_adapter_config_file",
     ],
+    "trainer.py": [f"{_TRAINER}._tag_names"],
 }
 
 
