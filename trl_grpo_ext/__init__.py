@@ -4,6 +4,20 @@ Process supervision, weighted reward sources and an exact KL for TRL's GRPO.
 Swap two names, `GRPOTrainer` for [`GRPOExtTrainer`] and `GRPOConfig` for [`GRPOExtConfig`]; with every new field at
 its default the training run is TRL's, bit for bit.
 
+The folders, one for each promise:
+
+| folder | what it holds |
+|---|---|
+| `rewards` | what a reward source may return, and the sources of one batch |
+| `steps` | from text to steps, and from steps to the policy's tokens |
+| `advantages` | from token rewards of several sources to group-relative advantages |
+| `kl` | the KL estimates, the exact KL with its fused head, and the reference |
+| `reward_models` | reward models from checkpoints and behind HTTP |
+| `checkpoints` | checkpoints from which a run goes on as if it had not ended |
+
+`trainer.py` joins them, `config.py` holds the settings, `loss.py` what mirrors TRL's loss, and `_trl.py` everything
+that is used of TRL.
+
 Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `(K, N, T)`):
 
 | suffix | axis |
@@ -13,17 +27,47 @@ Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `
 | `G` | completions of one prompt's group |
 | `P` | prompts |
 | `K` | reward sources |
-| `S` | steps of a completion |
 | `T` | completion tokens, padded |
+| `M` | tokens of any completions, one after the other, without padding |
+| `L` | tokens of a whole padded input, prompt and completion |
+| `R` | score positions of a batch |
+| `O` | outputs of a head |
 | `H` | hidden size |
 | `V` | vocabulary |
+
+A digit is an axis of that size.
 """
 
+from .advantages.estimators import ESTIMATORS, Estimator
 from .config import GRPOExtConfig
+from .kl.divergences import DIVERGENCES, Divergence
 from .reward_models.models import OutcomeRewardModel, ProcessRewardModel
+from .reward_models.opening import load_reward_model
+from .reward_models.presets import Preset
+from .reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
+from .rewards.batch import ScoredBatch
 from .rewards.types import StepRewards
+from .steps.segmentation import Segmentation
+from .steps.step_reward import step_reward
 from .trainer import GRPOExtTrainer
 
 
-__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "OutcomeRewardModel", "ProcessRewardModel", "StepRewards"]
+__all__ = [
+    "DIVERGENCES",
+    "ESTIMATORS",
+    "Divergence",
+    "Estimator",
+    "GRPOExtConfig",
+    "GRPOExtTrainer",
+    "OutcomeRewardModel",
+    "Preset",
+    "ProcessRewardModel",
+    "RemoteOutcomeRewardModel",
+    "RemoteProcessRewardModel",
+    "ScoredBatch",
+    "Segmentation",
+    "StepRewards",
+    "load_reward_model",
+    "step_reward",
+]
 __version__ = "0.1.0"

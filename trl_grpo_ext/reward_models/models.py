@@ -1,4 +1,4 @@
-"""Process and outcome reward models as reward sources, and what a bare id in `reward_funcs` stands for."""
+"""Process and outcome reward models: usable by themselves and as reward functions."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens
-from ..steps.policy_text import assistant_text, last_user_text, policy_steps, step_rewards
+from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
 from ..steps.segmentation import Segmentation, segment, split_text
 from .backbone import Scorer
 from .base import RewardModel, check_solutions
@@ -153,7 +153,7 @@ class ProcessRewardModel(RewardModel):
         steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
         problems = [last_user_text(prompt) for prompt in prompts]
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
-        return [step_rewards(own, values) for own, values in zip(steps, scores, strict=True)]
+        return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
 
     def self_check(self) -> None:
         """
@@ -163,7 +163,7 @@ class ProcessRewardModel(RewardModel):
             ValueError: the corrupted step and those after it do not score lower, on average.
         """
         good, bad = self.score_steps([PROBLEM] * 2, [GOOD_STEPS, BAD_STEPS])
-        check_order(self, _mean_from_corrupted(good), _mean_from_corrupted(bad), f"{good} and {bad}")
+        check_order(self, good=_mean_from_corrupted(good), bad=_mean_from_corrupted(bad), shown=f"{good} and {bad}")
 
 
 def _mean_from_corrupted(scores: Sequence[float | None]) -> float:
@@ -223,4 +223,9 @@ class OutcomeRewardModel(RewardModel):
             ValueError: the corrupted solution does not score lower.
         """
         good, bad = self.score(PROBLEM, ["\n\n".join(GOOD_STEPS), "\n\n".join(BAD_STEPS)])
-        check_order(self, math.nan if good is None else good, math.nan if bad is None else bad, f"{good} and {bad}")
+        check_order(
+            self,
+            good=math.nan if good is None else good,
+            bad=math.nan if bad is None else bad,
+            shown=f"{good} and {bad}",
+        )

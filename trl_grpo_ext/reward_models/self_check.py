@@ -1,4 +1,4 @@
-"""Does a reward model tell a right from a corrupted solution? The two, and the comparison."""
+"""A right and a corrupted solution, and whether a reward model tells one from the other."""
 
 from typing import Any
 
@@ -18,8 +18,23 @@ BAD_STEPS = (
 CORRUPTED = 1
 
 
-def check_order(model: Any, good: float, bad: float, shown: str) -> None:
-    """Raise `ValueError`, naming the model and what it gave, unless `good` is above `bad`."""
+def check_order(model: Any, *, good: float, bad: float, shown: str) -> None:
+    """
+    Compare the scores of the right and of the corrupted solution.
+
+    Args:
+        model ([`~trl_grpo_ext.reward_models.base.RewardModel`]):
+            The reward model, for the error.
+        good (`float`):
+            Score of the right solution.
+        bad (`float`):
+            Score of the corrupted one.
+        shown (`str`):
+            What the reward model returned, for the error.
+
+    Raises:
+        ValueError: `good` is not above `bad`, or one of them is NaN.
+    """
     # Also false for NaN
     if not good > bad:
         raise ValueError(

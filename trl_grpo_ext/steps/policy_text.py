@@ -44,6 +44,6 @@ def policy_steps(
     return segment(align_tokens(policy_tokenizer, strip_special(policy_tokenizer, completion_ids)), segmentation)
 
 
-def step_rewards(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:
+def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:
     """Scores on the last tokens of their steps; `None` where the completion was not judged."""
     return None if scores is None else StepRewards([step.end for step in steps], list(scores))

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from ...rewards.types import StepRewards
-from ...steps.policy_text import assistant_text, last_user_text, policy_steps, step_rewards
+from ...steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
 from ...steps.segmentation import Segmentation
 from .protocols import (
     OPENRLHF_PATH,
@@ -41,10 +41,13 @@ class RemoteRewardModel:
     """
     What [`RemoteProcessRewardModel`] and [`RemoteOutcomeRewardModel`] share: the server and how it is asked.
 
-    A request is sent again, after `backoff`, `2 backoff`, `4 backoff`, ... seconds, when the connection fails or the
-    server answers 5xx; never on 4xx, nor after a time-out, which would add to the load of a slow server. An answer
-    counts only if it has exactly one score for every completion, and for every step, that was asked for; of a request
-    that fails, no score is used.
+    A request is sent again when the connection fails or the server answers 5xx. Before attempt k + 1 the client waits
+
+        backoff * 2^(k - 1) seconds, k = 1, ..., retries
+
+    It is never sent again after 4xx, which says that the request is wrong, nor after a time-out, since that would add
+    to the load of a slow server. An answer counts only if it has exactly one score for every completion, and for every
+    step, that was asked for. Of a request that fails, no score is used.
 
     Args:
         url (`str`):
@@ -54,7 +57,7 @@ class RemoteRewardModel:
         name (`str`, *optional*):
             Its name in logs, errors and `outcome_gate`; that of the class by default.
         on_failure (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops the training; `"none"` logs a warning and leaves the request's completions unjudged.
+            `"raise"` stops the training. `"none"` logs a warning and leaves the request's completions unjudged.
         concurrency (`int`, *optional*, defaults to `8`):
             Requests in flight at once, per process.
         timeout (`float`, *optional*, defaults to `120.0`):
@@ -97,7 +100,7 @@ class RemoteRewardModel:
     max_length: int | None = None
 
     def __post_init__(self):
-        # Read by TRL for its logs
+        # TRL's logs show it
         self.__name__ = self.name or type(self).__name__
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} does not start with http:// or https://.")
@@ -141,7 +144,7 @@ class RemoteRewardModel:
         raise RewardServerError(f"{failure} ({self.retries + 1} attempts)")
 
     async def _ask(self, path: str, requests: Sequence[Request]) -> list[Any]:
-        """The scores of all requests' completions, in their order."""
+        """Send requests, at most `concurrency` at once, and return the scores of their completions in order."""
         address = self.url.rstrip("/") + path
         gate = asyncio.Semaphore(self.concurrency)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
@@ -169,7 +172,7 @@ class RemoteRewardModel:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask_some(self, path: str, requests: Sequence[Request | None], unasked: Sequence[Any]) -> list[Any]:
-        """[`_ask`] of one completion per request; where there is none, the score in `unasked`."""
+        """[`_ask`] with one completion per request; where a request is `None`, the score is that of `unasked`."""
         answers = iter(await self._ask(path, [request for request in requests if request is not None]))
         return [score if request is None else next(answers) for request, score in zip(requests, unasked, strict=True)]
 
@@ -229,7 +232,7 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
-        return [step_rewards(own, values) for own, values in zip(steps, scores, strict=True)]
+        return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
 
     async def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
         """
@@ -247,11 +250,12 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         return await self._ask(OPENRLHF_PATH, [openrlhf_steps(problems[rows], steps[rows]) for rows in batches])
 
     async def _ask_vllm(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
-        rendered = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
-        requests = [
-            vllm_steps(self.model, ids, score_positions, len(own), self.labels) if score_positions else None
-            for (ids, _, score_positions), own in zip(rendered, steps, strict=True)
-        ]
+        requests: list[Request | None] = []
+        for problem, own in zip(problems, steps, strict=True):
+            ids, _, score_positions = self._render(problem, own)
+            request = vllm_steps(self.model, ids, score_positions, len(own), self.labels)
+            # Without a step that fits there is nothing to ask for
+            requests.append(request if score_positions else None)
         return await self._ask_some(VLLM_STEPS_PATH, requests, [[None] * len(own) for own in steps])
 
 
