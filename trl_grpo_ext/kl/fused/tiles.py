@@ -77,28 +77,37 @@ def statistics_(
     ref_log_total = ref_total.log()
     logp = shifted.gather(-1, target) - log_total
     ref_logp = ref_shifted.gather(-1, target) - ref_log_total
-    entropy = log_total - _mean(shifted, p, may_exclude)
+    excluded = p == 0 if may_exclude else None
+    entropy = log_total - _mean(shifted if excluded is None else shifted.masked_fill(excluded, 0), p)
     # One subtraction of the tiles: where the models are equal, the result is exactly 0
     log_ratio = shifted.sub_(ref_shifted).add_(ref_log_total - log_total)
-    distributions = _weighed(Distributions(p, q, log_ratio), divergence, may_exclude)
+    distributions = _weighed_(Distributions(p, q, log_ratio), divergence, excluded)
     mean_score, ref_mean_score = divergence.means_(distributions, ref_shifted)
     kl = (mean_score + ref_mean_score).clamp_(min=0)
     results = (logp, entropy, kl, ref_logp)
     return Statistics(*results, maximum, log_total, ref_maximum, ref_log_total, mean_score), distributions
 
 
-def _mean(values: torch.Tensor, p: torch.Tensor, may_exclude: bool) -> torch.Tensor:
+def _mean(values: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """`sum_v p_v values_v`, a column."""
-    if may_exclude:
-        values = values.masked_fill(p == 0, 0)
     return torch.linalg.vecdot(values, p).unsqueeze(-1)
 
 
-def _weighed(distributions: Distributions, divergence: Divergence, may_exclude: bool) -> Distributions:
-    """Set the log-ratio to 0 where it weighs nothing, as [`Divergence.weight`] says."""
-    if may_exclude:
-        weight = distributions.p if divergence.weight == "policy" else distributions.q
-        distributions.log_ratio.masked_fill_(weight == 0, 0)
+def _weighed_(distributions: Distributions, divergence: Divergence, excluded: torch.Tensor | None) -> Distributions:
+    """
+    Set the log-ratio to 0 where its weight, which [`Divergence.weight`] names, is 0.
+
+    Args:
+        distributions ([`~trl_grpo_ext.kl.divergences.Distributions`]):
+            Its log-ratio is overwritten.
+        divergence ([`~trl_grpo_ext.kl.divergences.Divergence`]):
+            Which one.
+        excluded (`torch.Tensor` or `None`):
+            Where the policy's p is 0, a tile; `None` where all logits are finite.
+    """
+    if excluded is not None:
+        weightless = excluded if divergence.weight == "policy" else distributions.q == 0
+        distributions.log_ratio.masked_fill_(weightless, 0)
     return distributions
 
 
@@ -156,20 +165,21 @@ def recomputed_gradient_(
     """
     logp = logits.sub_(statistics.maximum).sub_(statistics.log_total)
     p = logp.exp()
+    excluded = p == 0 if may_exclude else None
     # What is multiplied by -p: a column without the entropy, a tile with it
     factor = torch.zeros_like(statistics.logp) if loss.logp is None else loss.logp
     if loss.kl is not None:
         factor = factor + loss.kl * statistics.mean_score
     if loss.entropy is not None:
         entropy_score = logp + statistics.entropy
-        if may_exclude:
-            entropy_score.masked_fill_(p == 0, 0)
+        if excluded is not None:
+            entropy_score.masked_fill_(excluded, 0)
         factor = entropy_score.mul_(loss.entropy).add_(factor)
     if ref_logits is None or loss.kl is None:
         gradient = torch.mul(p, factor, out=logp).neg_()
     else:
         ref_logp = ref_logits.sub_(statistics.ref_maximum).sub_(statistics.ref_log_total)
         log_ratio = logp.sub_(ref_logp)
-        distributions = _weighed(Distributions(p, ref_logp.exp_(), log_ratio), divergence, may_exclude)
+        distributions = _weighed_(Distributions(p, ref_logp.exp_(), log_ratio), divergence, excluded)
         gradient = divergence.weighted_score_(distributions).mul_(loss.kl).addcmul_(p, factor, value=-1)
     return gradient if loss.logp is None else gradient.scatter_add_(-1, target, loss.logp)
