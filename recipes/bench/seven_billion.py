@@ -5,9 +5,9 @@ One optimiser step of GRPO on a model of Qwen2.5-7B's exact shape, on a CPU, in 
 
 The QLoRA recipe's own config and path (recipes/configs/qwen2.5_7b_qlora.yaml), with what a CPU needs changed: random
 weights (random_nf4.py writes them on the first call, in a process of its own), float32 for what is computed, one group
-of four short completions, and a rule in place of the reward model. Shows seconds and the highest resident memory of
-each part beside what recipes/memory.py predicts, and fails unless the first step's exact KL is 0 and the adapter, and
-nothing else, has changed.
+of four short completions, and a rule in place of the reward model. Shows the seconds and the highest resident memory
+of each part, and what recipes/bench/memory.py predicts. Fails unless the first step's exact KL is 0, and the adapter
+and nothing else has changed.
 
 bitsandbytes must not see the model in evaluation mode on a CPU with AVX512-BF16: it would repack the weights for
 inference in bfloat16.
@@ -147,7 +147,8 @@ def run(arguments: list[str]) -> tuple[Parts, GRPOExtTrainer, dict[str, Any]]:
         trainer = grpo.make_trainer(*grpo.make_parser().parse_args_and_config(arguments))
     model: Any = trainer.model
     with parts.of("checksums"):
-        frozen, trained = checksums(model), adapters(model)
+        frozen = checksums(model)
+        trained = adapters(model)
     parts.watch(trainer, "_generate", "generation")
     # TRL takes both models' log-probabilities by the same method
     parts.watch(trainer, "_get_per_token_logps_and_entropies", "loss, forward", without_gradients="reference")
@@ -181,12 +182,13 @@ def main() -> None:
     recipe = memory.make_parser().parse_args_and_config([*arguments, "--prompt_tokens", longest])
     predicted = list(memory.parts(*recipe))
     console = Console()
-    console.print(memory.as_table(predicted, "predicted by recipes/memory.py"))
+    console.print(memory.as_table(predicted, "predicted by recipes/bench/memory.py"))
     table = Table("part", "seconds", "highest resident memory, GiB", title="measured")
     for name in [name for name in parts.seconds if name != OUTSIDE]:
         table.add_row(name, f"{parts.seconds[name]:.0f}", f"{parts.memory[name] / memory.GIB:.2f}")
     console.print(table)
-    expected, measured = libraries + memory.peak(predicted), highest_resident()
+    expected = libraries + memory.peak(predicted)
+    measured = highest_resident()
     console.print(
         f"peak {measured / memory.GIB:.2f} GiB; predicted {expected / memory.GIB:.2f}, of which libraries "
         f"{libraries / memory.GIB:.2f}. One step {log['step_time']:.0f} s, {torch.get_num_threads()} threads. "

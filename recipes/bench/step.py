@@ -50,7 +50,8 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
 }
 WORD = "and"  # A token of its own in most tokenizers
-TRL, OURS = "k3, TRL", "exact, trl_grpo_ext"
+TRL = "k3, TRL"
+OURS = "exact, trl_grpo_ext"
 METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig], dict[str, Any]]] = {
     TRL: (GRPOTrainer, GRPOConfig, {}),
     OURS: (GRPOExtTrainer, GRPOExtConfig, {"kl_estimator": "exact"}),
@@ -154,7 +155,8 @@ class Run:
     def __call__(self) -> Seconds:
         self.stopwatch.steps = self.stopwatch.generation = 0.0
         self.trainer.train()
-        steps, generation = self.stopwatch.steps, self.stopwatch.generation
+        steps = self.stopwatch.steps
+        generation = self.stopwatch.generation
         return Seconds(steps / self.num_iterations, (steps - generation) / self.num_iterations)
 
 

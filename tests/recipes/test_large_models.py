@@ -8,6 +8,7 @@ from typing import Any
 
 import grpo
 import memory
+import model_bytes
 import pytest
 import torch
 import trl.trainer.grpo_trainer
@@ -101,7 +102,7 @@ def test_one_step_of_every_config_on_a_tiny_model(path, hub, tmp_path):
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
 
-    model = trainer.reward_funcs[0].function
+    model = trainer.reward_funcs[0]
     assert isinstance(model, ProcessRewardModel) and model.preset.name == "qwen-math-prm"
     log = trainer.state.log_history[0]
     assert 0 <= log["kl"] < 1e-8
@@ -156,7 +157,7 @@ def test_options_of_reward_models_reach_them(hub, tmp_path):
     options = {"dtype": "bfloat16", "batch_tokens": 77}
     more = ("--reward_model_options", json.dumps(options), "--use_vllm", "false", "--output_dir", str(tmp_path))
     trainer = grpo.make_trainer(*parse(RECIPES / "configs" / "qwen2.5_7b_lora_8gpus.yaml", hub, *more))
-    model = trainer.reward_funcs[0].function
+    model = trainer.reward_funcs[0]
     assert next(model.scorer.backbone.parameters()).dtype == torch.bfloat16
     assert trainer.model.dtype == torch.float32
 
@@ -190,7 +191,7 @@ def test_parts_are_the_bytes_of_a_run(name, hub, tmp_path):
     assert expected["optimiser (AdamW)"] == bytes_of(states)
     (batch,) = batches
     assert expected["cached reference states"] == bytes_of([batch["ref_hidden_states"]])
-    scorer = trainer.reward_funcs[0].function.scorer
+    scorer = trainer.reward_funcs[0].scorer
     if name == "qwen2.5_7b_lora":
         assert expected[f"reward model {PRM}"] == bytes_of(scorer.parameters())
 
@@ -201,8 +202,8 @@ def test_nf4_weights(nested, hub):
     folder = hub / "Qwen2.5-7B-Instruct"
     quantization = BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=nested)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
-    shape = memory.on_meta(model.config, AutoModelForCausalLM)
-    assert memory.weight_bytes(shape, shape.lm_head, quantization, 4) == quantised_bytes(model)
+    shape = model_bytes.on_meta(model.config, AutoModelForCausalLM)
+    assert model_bytes.weight_bytes(shape, shape.lm_head, quantization, 4) == quantised_bytes(model)
 
 
 @pytest.mark.parametrize("tokens", [32, 128])
@@ -231,7 +232,7 @@ def test_activations_of_a_layer_are_near_what_autograd_keeps(tokens):
     with torch.autocast("cpu", torch.bfloat16), saved:
         model.model.layers[0](hidden, position_embeddings=rotary)
     measured = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
-    assert memory.layer_bytes(config, tokens, 2) == pytest.approx(measured, rel=0.1)
+    assert model_bytes.layer_bytes(config, tokens, 2) == pytest.approx(measured, rel=0.1)
 
 
 def test_shards_of_the_accelerate_configs():
@@ -269,7 +270,7 @@ def random_nf4():
 
 
 def test_shape_of_qwen2_5_7b(random_nf4):
-    model = memory.on_meta(random_nf4.QWEN2_5_7B, AutoModelForCausalLM)
+    model = model_bytes.on_meta(random_nf4.QWEN2_5_7B, AutoModelForCausalLM)
     # The number of parameters on the model's card
     assert sum(parameter.numel() for parameter in model.parameters()) == 7_615_616_512
 

@@ -2,18 +2,22 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import quickstart
+from running_sums import task
+from running_sums.policy import until_eos
+from running_sums.task import TOKENIZER
+from running_sums.training import SumsArguments, problems_for
 
 from trl_grpo_ext import StepRewards
 
 
 ROOT = Path(__file__).parents[2]
-
 
 PROBLEM = "3+4-2="
 # One token per character, and the end of sequence
@@ -21,8 +25,8 @@ RIGHT = "3+4=7;7-2=5;#5<eos>"
 
 
 def ids_of(completion: str) -> list[int]:
-    ids = quickstart.TOKENIZER(completion)["input_ids"]
-    assert quickstart.TOKENIZER.unk_token_id is None
+    ids = TOKENIZER(completion)["input_ids"]
+    assert TOKENIZER.unk_token_id is None
     return ids
 
 
@@ -88,38 +92,90 @@ def test_judge_answer(completion, right):
     assert answer_of(completion) == right
 
 
+def judged_by_hand(problem: str, tokens: list[str]) -> dict[int, float]:
+    """The reward at each step's last token, read from a text in which every token is one character."""
+    text = "".join(token if len(token) == 1 else token[1] for token in tokens)
+    stated, *terms = re.findall(r"[+-]?\d+", problem)
+    rewards: dict[int, float] = {}
+    for index, step in enumerate(re.finditer(r"[^;]*;", text)):
+        equation = re.fullmatch(r"(-?\d+)([+-]\d+)=(-?\d+);", step[0])
+        expected = equation and (stated, *terms[index : index + 1], str(int(equation[1]) + int(equation[2])))
+        rewards[step.end() - 1] = float(equation is not None and equation.groups() == expected)
+        ending = re.search(r"=(-?\d+);$", step[0])
+        stated = ending and ending[1]
+    tail = text.rpartition(";")[2]
+    if not re.fullmatch("([#e].*)?", tail) or not rewards:
+        rewards[len(text) - 1] = 0.0
+    return rewards
+
+
+def random_completion(problem: str, rng: random.Random) -> list[str]:
+    """Tokens of a worked solution with a few of them replaced, left out or put in, and perhaps cut off."""
+    tokens = [*task.worked_solution(problem), task.EOS]
+    for _ in range(rng.choice([0, 1, 1, 2, 5])):
+        position = rng.randrange(len(tokens))
+        token = rng.choice([*"0123456789+-=#;", *"##;;==", "<pad>", "<bos>", task.EOS])
+        tokens[position : position + rng.randint(0, 1)] = rng.choice([[], [token]])
+    return tokens[: rng.choice([len(tokens), len(tokens), rng.randint(1, 30)])]
+
+
+def test_judges_agree_with_reading_by_hand():
+    rng = random.Random(0)
+    found = set()
+    for _ in range(20000):
+        problem = task.make_problem(rng)
+        tokens = random_completion(problem, rng)
+        if not tokens:
+            continue
+        ids = [TOKENIZER.convert_tokens_to_ids(tokens)]
+        (judged,) = quickstart.judge_steps([problem], ids)
+        assert dict(zip(judged.ends, judged.values, strict=True)) == judged_by_hand(problem, tokens), tokens
+        right = re.search(r"(^|;)#(\d+)<eos>$", "".join(tokens))
+        expected = float(right is not None and right[2] == str(eval(problem[:-1])))
+        assert quickstart.judge_answer([problem], ids) == [expected], tokens
+        found.add((sum(judged.values), expected))
+    # All numbers of right steps, with right and wrong answers
+    assert found >= {(number, answer) for number in range(5) for answer in (0.0, 1.0)}
+
+
 def test_worked_solutions_are_judged_right_and_fit():
     rng = random.Random(0)
-    for problem in (quickstart.make_problem(rng) for _ in range(2000)):
-        ids = ids_of(quickstart.worked_solution(problem) + "<eos>")
-        assert len(ids) <= quickstart.MAX_COMPLETION_LENGTH
+    for problem in (task.make_problem(rng) for _ in range(2000)):
+        ids = ids_of(task.worked_solution(problem) + "<eos>")
+        assert len(ids) <= task.MAX_COMPLETION_LENGTH
         assert quickstart.judge_answer([problem], [ids]) == [1.0]
         (judged,) = quickstart.judge_steps([problem], [ids])
-        assert list(judged.values) == [1.0] * quickstart.NUM_OPERATIONS
+        assert list(judged.values) == [1.0] * task.NUM_OPERATIONS
 
 
 def test_problems_are_in_one_set_only():
-    problems = quickstart.split_problems(quickstart.QuickstartArguments(warmup_steps=20, max_steps=5))
+    problems = problems_for(SumsArguments(warmup_steps=20, max_steps=5))
     everything = [problem for part in problems for problem in part]
     assert len(set(everything)) == len(everything) == 512 + 256 + 20 * 64 + 5 * 16
 
 
 def test_tokenizer_gives_one_token_per_character():
     problem = "12+7-19="
-    assert quickstart.TOKENIZER.convert_ids_to_tokens(ids_of(problem)) == list(problem)
-    assert quickstart.TOKENIZER.decode(ids_of(RIGHT), skip_special_tokens=True) == "3+4=7;7-2=5;#5"
+    assert TOKENIZER.convert_ids_to_tokens(ids_of(problem)) == list(problem)
+    assert TOKENIZER.decode(ids_of(RIGHT), skip_special_tokens=True) == "3+4=7;7-2=5;#5"
 
 
 def test_completion_is_cut_after_its_first_end_of_sequence():
-    eos, pad = quickstart.TOKENIZER.eos_token_id, quickstart.TOKENIZER.pad_token_id
-    assert quickstart.until_eos([5, 6, eos, pad, pad]) == [5, 6, eos]
-    assert quickstart.until_eos([5, 6, 7]) == [5, 6, 7]
+    eos, pad = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+    assert until_eos([5, 6, eos, pad, pad]) == [5, 6, eos]
+    assert until_eos([5, 6, 7]) == [5, 6, 7]
+
+
+def test_it_is_short_enough_to_be_read_at_once():
+    assert len(Path(quickstart.__file__).read_text().splitlines()) <= 150
 
 
 def run_quickstart(output_dir: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> dict:
     command = [sys.executable, *launcher, "recipes/quickstart.py", "--output_dir", str(output_dir), *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
+    # A first run that warns looks broken. deepspeed and bitsandbytes, where they are installed, warn in other words
+    assert "Warning" not in run.stderr
     return json.loads((output_dir / "metrics.json").read_text())
 
 

@@ -8,9 +8,19 @@ from itertools import zip_longest
 import pytest
 import reward_models as recipe
 import torch
-from quickstart import EOS, TOKENIZER, make_problem, worked_solution
+from running_sums.mistakes import MISTAKES, solution_with_mistakes
+from running_sums.reward_quality import compare
+from running_sums.reward_training import (
+    IGNORED,
+    build_reward_tokenizer,
+    label_solution,
+    label_steps,
+    train_orm,
+    train_prm,
+)
+from running_sums.task import EOS, TOKENIZER, make_problem, solution_steps, worked_solution
 
-from trl_grpo_ext import OutcomeRewardModel, ProcessRewardModel
+from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel
 
 
 PROBLEM = "3+14-2="
@@ -47,17 +57,17 @@ def random_problems(seed: int, number: int) -> list[str]:
 
 
 def test_labels_are_exact_arithmetic():
-    tokenizer, rng = recipe.build_reward_tokenizer(), random.Random(0)
+    tokenizer, rng = build_reward_tokenizer(), random.Random(0)
     right = []
     for problem in random_problems(1, 3000):
-        solution = recipe.solution_with_mistakes(problem, rng, 0.5)
-        labels = labels_at_tags(tokenizer, recipe.label_steps(tokenizer, problem, solution))
+        solution = solution_with_mistakes(problem, rng, 0.5)
+        labels = labels_at_tags(tokenizer, label_steps(tokenizer, recipe.PRM_PRESET, problem, solution))
         assert labels == judged_by_hand(problem, solution), (problem, solution)
         right += labels
     assert 0.4 < sum(right) / len(right) < 0.6
 
 
-@pytest.mark.parametrize("mistake", recipe.MISTAKES)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_a_wrong_step(mistake):
     rng = random.Random(0)
     for _ in range(3000):
@@ -67,19 +77,19 @@ def test_a_mistake_is_a_wrong_step(mistake):
 
 
 def test_without_mistakes_all_is_right():
-    tokenizer = recipe.build_reward_tokenizer()
+    tokenizer = build_reward_tokenizer()
     for problem in random_problems(2, 500):
         solution = worked_solution(problem)
-        labelled = recipe.label_steps(tokenizer, problem, solution)
-        assert set(labelled["labels"]) == {recipe.IGNORED, 1}
-        assert recipe.label_solution(tokenizer, problem, solution)["labels"] == [1.0]
+        labelled = label_steps(tokenizer, recipe.PRM_PRESET, problem, solution)
+        assert set(labelled["labels"]) == {IGNORED, 1}
+        assert label_solution(tokenizer, recipe.ORM_PRESET, problem, solution)["labels"] == [1.0]
         wrong = f"{solution.partition('#')[0]}#{eval(problem[:-1]) + 1}"
-        assert recipe.label_solution(tokenizer, problem, wrong)["labels"] == [0.0]
+        assert label_solution(tokenizer, recipe.ORM_PRESET, problem, wrong)["labels"] == [0.0]
 
 
 def test_labels_stand_on_the_tokens_of_the_steps():
-    tokenizer = recipe.build_reward_tokenizer()
-    labelled = recipe.label_steps(tokenizer, PROBLEM, "3+14=17;17-3=14;#14")
+    tokenizer = build_reward_tokenizer()
+    labelled = label_steps(tokenizer, recipe.PRM_PRESET, PROBLEM, "3+14=17;17-3=14;#14")
     ids, labels = labelled["input_ids"], labelled["labels"]
     # Whole numbers, where the policy has a token for each digit
     assert tokenizer.convert_ids_to_tokens(ids) == [
@@ -88,7 +98,7 @@ def test_labels_stand_on_the_tokens_of_the_steps():
         *"17 - 3 = 14 ; <step>".split(),
         *"# 14 <step>".split(),
     ]
-    n = recipe.IGNORED
+    n = IGNORED
     assert labels == [n] * 6 + [1, n, 1, n, 1, n, 1] + [1, n, 0, n, 1, n, 0] + [n, n, 1]
 
 
@@ -96,10 +106,9 @@ def test_labels_stand_on_the_tokens_of_the_steps():
 def trained(tmp_path_factory):
     """The recipe's models after two updates, as they are in memory, and their folder."""
     folder = tmp_path_factory.mktemp("models")
-    args = recipe.RewardModelArguments(prm_steps=2, orm_steps=2)
     problems = random_problems(3, 64)
-    prm = recipe.train_prm(args, problems, folder / "prm")
-    orm = recipe.train_orm(args, problems, prm, folder / "orm")
+    prm = train_prm(problems, recipe.PRM_PRESET, folder / "prm", updates=2, seed=0)
+    orm = train_orm(problems, recipe.ORM_PRESET, prm, folder / "orm", updates=2, seed=0)
     return prm.eval(), orm.eval(), folder
 
 
@@ -111,14 +120,15 @@ def test_scores_of_the_loaded_prm_are_those_of_the_trained_model(trained):
     model, _, folder = trained
     prm = ProcessRewardModel.from_pretrained(str(folder / "prm"), preset=recipe.PRM_PRESET)
     prm.policy_tokenizer = TOKENIZER
+    assert [prm.split(solution) for solution in SOLUTIONS] == [solution_steps(solution) for solution in SOLUTIONS]
     completions = [TOKENIZER(solution + EOS).input_ids for solution in SOLUTIONS]
     rewards = prm([PROBLEM] * len(SOLUTIONS), completion_ids=completions)
     assert [one.ends for one in rewards] == [[7, 15, 18], [6, 7, 11], [1]]
     # That of the training, since loading may change a tokenizer
-    tokenizer = recipe.build_reward_tokenizer()
+    tokenizer = build_reward_tokenizer()
     tag = tokenizer.convert_tokens_to_ids("<step>")
     for solution, one in zip(SOLUTIONS, rewards, strict=True):
-        ids = torch.tensor([recipe.label_steps(tokenizer, PROBLEM, solution)["input_ids"]])
+        ids = torch.tensor([label_steps(tokenizer, recipe.PRM_PRESET, PROBLEM, solution)["input_ids"]])
         expected = model(input_ids=ids).logits.softmax(-1)[..., 1][ids == tag]
         torch.testing.assert_close(torch.tensor(one.values), expected, atol=1e-5, rtol=0)
     assert len({round(value, 3) for one in rewards for value in one.values}) > 3
@@ -129,14 +139,15 @@ def test_scores_of_the_loaded_orm_are_those_of_the_trained_model(trained):
     _, model, folder = trained
     orm = OutcomeRewardModel.from_pretrained(str(folder / "orm"), preset=recipe.ORM_PRESET)
     for solution, score in zip(SOLUTIONS, orm.score(PROBLEM, SOLUTIONS), strict=True):
-        ids = torch.tensor([recipe.label_solution(recipe.build_reward_tokenizer(), PROBLEM, solution)["input_ids"]])
+        labelled = label_solution(build_reward_tokenizer(), recipe.ORM_PRESET, PROBLEM, solution)
+        ids = torch.tensor([labelled["input_ids"]])
         assert score == pytest.approx(model(input_ids=ids).logits.sigmoid().item(), abs=1e-5)
 
 
 def test_balanced_accuracy_and_auc():
-    verdict = recipe.compare([0.9, 0.7, 0.6, 0.2, 0.6, 0.2], [True, True, False, False, False, False])
+    verdict = compare([0.9, 0.7, 0.6, 0.2, 0.6, 0.2], [True, True, False, False, False, False])
     assert verdict == pytest.approx((0.75, 1.0, 1 / 3, 3.2 / 6))
-    assert recipe.compare([0.4, 0.4, 0.3], [True, False, False]) == pytest.approx((0.5, 0.75, 1 / 3, 1.1 / 3))
+    assert compare([0.4, 0.4, 0.3], [True, False, False]) == pytest.approx((0.5, 0.75, 1 / 3, 1.1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +169,13 @@ def test_the_rule_asks_for_form_terms_and_end(completion, reward):
 
 def test_short_run(tmp_path, monkeypatch):
     trained_on = []
-    make_trainer = recipe.make_trainer
-    monkeypatch.setattr(recipe, "make_trainer", lambda *a: trained_on.append(make_trainer(*a)) or trained_on[0])
+
+    class RecordedTrainer(GRPOExtTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trained_on.append(self)
+
+    monkeypatch.setattr(recipe, "GRPOExtTrainer", RecordedTrainer)
     recipe.main(recipe.RewardModelArguments(str(tmp_path), **TINY, prm_steps=2, orm_steps=2, sources=["prm", "rule"]))
     (trainer,) = trained_on
     assert trainer.reward_func_names == ["prm", "rule", "judge_steps", "judge_answer"]
