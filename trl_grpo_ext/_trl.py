@@ -14,7 +14,6 @@ from ._upstream_names import ADVANTAGE_EPS, HEAD_VARIABLES, changed_names, check
 from ._upstream_sources import warn_of_changed_sources
 
 
-# With another TRL the import of a name may fail, and its own message would not say which TRL is needed
 try:
     from trl.models.utils import prepare_deepspeed
     from trl.trainer.callbacks import SyncRefModelCallback
@@ -28,7 +27,10 @@ try:
         use_adapter,
     )
 except ImportError as error:
-    raise ImportError(mismatch(changed_names() or [str(error)])) from error
+    # What is missing elsewhere, in a package that TRL imports, its own message says best
+    if not (error.name or "").startswith("trl."):
+        raise
+    raise ImportError(mismatch(changed_names())) from error
 
 
 __all__ = [

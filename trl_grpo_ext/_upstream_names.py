@@ -116,12 +116,13 @@ _CONSTANTS: dict[str, set[Any]] = {
 # Fields of TRL's dataclasses
 _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
-        *("beta", "generation_kwargs", "importance_sampling_level", "loss_type", "mask_truncated_completions"),
-        *("max_completion_length", "min_p", "model_init_kwargs", "multi_objective_aggregation", "num_generations"),
-        *("num_iterations", "off_policy_mask_threshold", "output_dir", "per_device_train_batch_size", "push_to_hub"),
-        *("ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_penalty", "reward_weights"),
-        *("save_total_limit", "scale_rewards", "steps_per_generation", "sync_ref_model", "temperature", "top_k"),
-        *("top_p", "trust_remote_code", "use_bias_correction_kl"),
+        *("beta", "bf16", "fp16", "generation_kwargs", "hub_model_id", "importance_sampling_level", "loss_type"),
+        *("mask_truncated_completions", "max_completion_length", "min_p", "model_init_kwargs"),
+        *("multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold"),
+        *("output_dir", "per_device_train_batch_size", "push_to_hub", "ref_model_mixup_alpha"),
+        *("ref_model_sync_steps", "repetition_penalty", "reward_weights", "save_total_limit", "scale_rewards"),
+        *("steps_per_generation", "sync_ref_model", "temperature", "top_k", "top_p", "trust_remote_code"),
+        "use_bias_correction_kl",
     },
     f"{_UTILS}:FusedCausalLMOutput": {"log_probs", "entropy", "label_mask", "aux_loss"},
 }
@@ -142,6 +143,7 @@ PRIVATE_NAMES = {
         "trl.cli.accelerate_config:resolve_accelerate_config_argument",
         "trl.scripts.grpo:main",
         "trl.scripts.grpo:make_parser",
+        "trl.scripts.utils:TrlParser",
     ],
     "checkpoints/folders.py": [
         "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR",

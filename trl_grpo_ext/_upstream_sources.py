@@ -8,9 +8,11 @@ to be read again. Whether the difference matters is for a reader, and the parity
 
 For a new version of TRL:
 
-1. `python -c "import trl_grpo_ext._upstream_sources as s; s.print_fingerprints()"` prints the block below anew.
-2. Read the difference of each method whose fingerprint has changed, and adapt the files that mirror it.
-3. Change `SUPPORTED_TRL` in `_upstream_names.py`, the version in `pyproject.toml`, and the version in the README.
+1. Import this package. An `ImportError` lists the names to adapt in `_upstream_names.py`. A warning lists the methods
+   to read again, and the files that mirror them.
+2. Run the parity tests.
+3. `python -c "import trl_grpo_ext._upstream_sources as s; s.print_fingerprints()"` prints the block below anew.
+4. Change `SUPPORTED_TRL` in `_upstream_names.py`, and the version in `pyproject.toml` and the README.
 
 Not seen: what these methods call, unless it is listed too (so no Triton kernel), and a wrapper that another library
 puts around a method.
@@ -33,11 +35,12 @@ from typing import Any, NamedTuple
 COMPARED_VERSION = "1.16.0"
 
 # Files in which nothing has changed
-FILE_DIGESTS = {"839b28adba1d", "20ae5bbfeca3", "1c3dc2253fb3", "a3c44bd9e7f3"}
+FILE_DIGESTS = ["1c3dc2253fb3", "20ae5bbfeca3", "839b28adba1d", "a3c44bd9e7f3"]
 
 FINGERPRINTS = {
     "trl.trainer.grpo_trainer:GRPOTrainer.__init__": "7d477239f4ae",
     "trl.trainer.grpo_trainer:GRPOTrainer._tokenize_prompts": "821c4b112f7f",
+    "trl.trainer.grpo_trainer:GRPOTrainer._get_train_sampler": "42d184f55584",
     "trl.trainer.grpo_trainer:GRPOTrainer._prepare_inputs": "57987e888f2d",
     "trl.trainer.grpo_trainer:GRPOTrainer.training_step": "59569db2dabc",
     "trl.trainer.grpo_trainer:GRPOTrainer._calculate_rewards": "4fd50b2cfcf3",
@@ -51,6 +54,7 @@ FINGERPRINTS = {
     "trl.trainer.callbacks:SyncRefModelCallback.sync_target_model": "39a3189acc60",
     "trl.trainer.callbacks:SyncRefModelCallback.on_step_end": "a0c2e6c25238",
     "trl.trainer.utils:add_fused_lm_head": "1a9b29af74fd",
+    "trl.trainer.utils:RepeatSampler.__iter__": "5537f241d9ad",
     "trl.trainer.utils:nanstd": "8ecab663060f",
     "trl.trainer.utils:split_tensor_dict": "9cf9b07a7d16",
     "trl.trainer.utils:shuffle_sequence_dict": "b75e1ab209d3",
@@ -85,6 +89,7 @@ MIRRORED = {
         ("trainer.py", "kl/trainer.py", "kl/reference.py", "kl/cached_reference.py"),
     ),
     f"{_TRAINER}._tokenize_prompts": Mirrored("prompts as lists of token ids", ("trainer.py",)),
+    f"{_TRAINER}._get_train_sampler": Mirrored("which sampler orders the prompts", ("checkpoints/trainer.py",)),
     f"{_TRAINER}._prepare_inputs": Mirrored(
         "when a batch is generated, how it is cut into micro-batches, and where they are kept",
         ("kl/trainer.py", "checkpoints/trainer.py"),
@@ -125,6 +130,9 @@ MIRRORED = {
     ),
     "trl.trainer.utils:add_fused_lm_head": Mirrored(
         "the fused forward of the policy, and how a config scales its logits", ("_trl.py", "kl/model_forward.py")
+    ),
+    "trl.trainer.utils:RepeatSampler.__iter__": Mirrored(
+        "an epoch's order is drawn when the epoch starts", ("checkpoints/trainer.py",)
     ),
     "trl.trainer.utils:nanstd": Mirrored("the standard deviation of rewards", ("advantages/normalization.py",)),
     "trl.trainer.utils:split_tensor_dict": Mirrored(
@@ -218,7 +226,7 @@ def print_fingerprints() -> None:
     files = sorted({inspect.getfile(function) for function in functions.values()})
     print(f'COMPARED_VERSION = "{version("trl")}"')
     print("\n# Files in which nothing has changed")
-    print(f"FILE_DIGESTS = {{{', '.join(repr(_file_digest(path)) for path in files)}}}")
+    print(f"FILE_DIGESTS = {sorted(digest for path in files if (digest := _file_digest(path)))}")
     print("\nFINGERPRINTS = {")
     for name, function in functions.items():
         print(f'    "{name}": "{fingerprint(inspect.getsource(function))}",')
