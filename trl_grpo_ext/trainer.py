@@ -20,7 +20,6 @@ from transformers.utils import logging
 from ._swapped import swapped
 from ._trl import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .advantages.combine import process_advantages
-from .checkpoints.trainer import CheckpointedTrainer
 from .config import GRPOExtConfig
 from .distributed import gather, local_rows, total
 from .kl.trainer import KLTrainer
@@ -36,6 +35,7 @@ from .metrics import (
     unscored_shares,
     withheld_shares,
 )
+from .model_card import ModelCardTrainer
 from .reward_models.opening import open_reward_models, prepare_reward_sources
 from .rewards.arguments import check_columns, list_sources
 from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 _EXCERPT = 200
 
 
-class GRPOExtTrainer(CheckpointedTrainer):
+class GRPOExtTrainer(ModelCardTrainer):
     """
     [`~trl.GRPOTrainer`] with process supervision, several weighted reward sources at token level and an exact KL.
 
@@ -132,6 +132,7 @@ class GRPOExtTrainer(CheckpointedTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        _check_trains(cast(nn.Module, self.model))
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
@@ -382,3 +383,13 @@ def _check_loss_bodies(trainer_class: type, args: GRPOExtConfig) -> None:
                 f"{trainer_class.__name__} takes its loss from {base.__name__}, which reads one advantage per "
                 "completion and has a KL of its own. Use supervision='outcome' with the default KL, or GRPO's loss."
             )
+
+
+def _check_trains(model: nn.Module) -> None:
+    """Raise `ValueError` if no parameter of the model trains."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "the model has no trainable parameter. PEFT loads an adapter frozen: "
+            "PeftModel.from_pretrained(..., is_trainable=True); and merge_and_unload() leaves the base model frozen: "
+            "model.requires_grad_(True), or pass a peft_config."
+        )

@@ -117,7 +117,9 @@ def test_exact_kl_is_computed_in_float32_and_survives_extreme_logits():
     assert torch.autograd.grad(exact_divergence(logits, ref_logits).sum(), logits)[0].isfinite().all()
     rounded = exact_divergence(logits.bfloat16(), ref_logits.bfloat16())
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact_divergence(logits.bfloat16().double(), ref_logits.bfloat16().double()).float())
+    torch.testing.assert_close(
+        rounded, exact_divergence(logits.bfloat16().double(), ref_logits.bfloat16().double()).float()
+    )
 
 
 @pytest.mark.parametrize(

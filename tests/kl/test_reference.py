@@ -1,14 +1,16 @@
 """The KL's reference is the model before training, whatever PEFT does; where it cannot be, construction fails."""
 
 import gc
+import logging
 import weakref
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl import GRPOTrainer
 
 from tests.support.adapters import CONTINUED, LORA, answer_length, base, trained_adapter
-from tests.support.training import make_trainer
+from tests.support.training import make_trainer, moved_policy
 from trl_grpo_ext import GRPOExtTrainer, StepRewards
 
 
@@ -74,3 +76,92 @@ def test_rewards_on_tokens_that_are_not_trained_on_count_as_unjudged(tiny_model,
     masked = trainer.state.log_history[0]["completions/clipped_ratio"]
     assert masked > 0
     assert trainer.state.log_history[0]["rewards/judge_last/unjudged"] == pytest.approx(masked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What trains, and where the policy starts
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_a_frozen_part_of_the_adapter_stays_frozen(tiny_model, tmp_path, estimator):
+    model = trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "adapter")
+    frozen = [name for name, _ in model.named_parameters() if "layers.0" in name and "lora" in name]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    before = {name: model.get_parameter(name).clone() for name in frozen}
+    options = {"beta": 0.1, "kl_estimator": estimator, "max_steps": 3, "learning_rate": 0.1}
+    trainer = make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, **options)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains and not trains & set(frozen) and not [name for name in trains if ".ref" in name]
+    trainer.train()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    assert trainer.state.log_history[2]["kl"] > 1e-8
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_model_that_does_not_train_is_refused(tiny_model, tmp_path, beta):
+    trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(base(tiny_model), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no trainable parameter.*is_trainable=True"):
+        make_trainer(GRPOExtTrainer, frozen, answer_length, tmp_path, beta=beta)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_an_adapter_of_any_name_is_continued_and_a_second_stage_starts_at_zero(tiny_model, tmp_path, estimator):
+    base_model = get_peft_model(base(tiny_model), LoraConfig(**LORA), adapter_name="maths")
+    generator = torch.Generator().manual_seed(3)
+    for parameter in base_model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    options = {"beta": 0.1, "kl_estimator": estimator, "max_steps": 2, "learning_rate": 0.1}
+    for stage in ("first", "second"):
+        trainer = make_trainer(GRPOExtTrainer, base_model, answer_length, tmp_path / stage, **options)
+        trainer.train()
+        before, after = (entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+        assert abs(before) < 1e-8 < after
+
+
+def test_a_continued_adapter_trains_as_with_trl(tiny_model, tmp_path):
+    def weights(trainer_class):
+        folder = tmp_path / trainer_class.__name__
+        torch.manual_seed(0)
+        model = trained_adapter(tiny_model, CONTINUED["lora"], folder / "adapter")
+        options = {"beta": 0.1, "max_steps": 3, "learning_rate": 0.1}
+        trainer = make_trainer(trainer_class, model, answer_length, folder, **options)
+        trainer.train()
+        return model.state_dict(), trainer.state.log_history
+
+    ours, our_log = weights(GRPOExtTrainer)
+    theirs, their_log = weights(GRPOTrainer)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    for entry, other in zip(our_log, their_log, strict=True):
+        assert all(
+            entry[name] == value for name, value in other.items() if "time" not in name and "per_second" not in name
+        )
+
+
+def test_a_policy_that_is_not_its_reference_is_an_error_or_said_once(tiny_model, tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    options = {"beta": 0.1, "max_steps": 2}
+
+    def train(model, name, **more):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make_trainer(GRPOExtTrainer, model, answer_length, tmp_path / name, **options, **more).train()
+        return [r.getMessage() for r in caplog.records if "Before the first update" in r.getMessage()]
+
+    assert train(tiny_model, "path", kl_estimator="exact") == []
+    (message,) = train(moved_policy(tiny_model), "moved", kl_estimator="exact")
+    assert "is loaded anew from" in message
+    adapter = {"peft_config": LoraConfig(**LORA, init_lora_weights=False)}
+    for estimator in ("k3", "exact"):
+        with pytest.raises(ValueError, match="the adapter does not start at zero"):
+            train(tiny_model, f"adapter {estimator}", trainer_options=adapter, kl_estimator=estimator)
+    with_dropout = base(tiny_model)
+    with_dropout.config.attention_dropout = 0.5
+    for layer in with_dropout.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    (message,) = train(with_dropout, "dropout")
+    assert "attention_dropout=0.5" in message

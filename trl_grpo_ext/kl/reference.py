@@ -82,9 +82,9 @@ def check_adapter(model: PeftModel, moves: bool) -> None:
         )
 
 
-def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
+def prepare_adapter_reference(model: PeftModel, needs_copy: bool) -> None:
     """
-    Make the frozen adapter `"ref"` a copy of the adapter as it starts, and add it first where the reference moves.
+    Make the frozen adapter `"ref"` a copy of the adapter as it starts.
 
     There are two references under PEFT:
 
@@ -93,25 +93,19 @@ def prepare_adapter_reference(model: PeftModel, moves: bool) -> None:
     - With an adapter `"ref"` the reference is that one. A continued adapter needs it, and so does a reference that
       moves. A model that has trained before has one already, whose values are then those of another start.
 
-    TRL adds `"ref"` for a continued adapter, but copies only the parameters named `*.default.*`. Those of parameter
-    dicts are named `*.default`: of embeddings under LoRA, of IA3, VeRA, LoHa and others.
-
     Args:
         model ([`~peft.PeftModel`]):
             The policy.
-        moves (`bool`):
-            Whether the reference is to move.
-
-    Raises:
-        ValueError: the adapter changes weights outside itself, so that there is no such reference.
+        needs_copy (`bool`):
+            Whether the reference has to be an adapter of its own.
     """
-    check_adapter(model, moves)
     policy = policy_adapter(model)
-    with keep_requires_grad(model):
-        if moves and REFERENCE_ADAPTER not in model.peft_config:
-            model.add_adapter(REFERENCE_ADAPTER, model.peft_config[policy])
-    if REFERENCE_ADAPTER not in model.peft_config:
+    if not needs_copy:
         return
+    # The new adapter's random start, which is overwritten, leaves the random numbers of the training alone
+    with keep_requires_grad(model), torch.random.fork_rng():
+        if REFERENCE_ADAPTER not in model.peft_config:
+            model.add_adapter(REFERENCE_ADAPTER, model.peft_config[policy])
     for reference_parameter, policy_parameter in _pairs(model, policy).values():
         # Other than `copy_`, this takes the dtype too
         reference_parameter.data = policy_parameter.data.clone()

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.utils import logging
 
 from .._swapped import swapped
 from .._trl import GRPOTrainer, SyncRefModelCallback
@@ -24,7 +25,18 @@ from ..loss import (
 )
 from .cached_reference import CachedReference, take_hidden_states
 from .estimates import kl_estimate, weight_by_ratio
-from .reference import OnSync, adapter_reference, keep_requires_grad, move_adapter_reference, prepare_adapter_reference
+from .reference import (
+    OnSync,
+    adapter_reference,
+    check_adapter,
+    keep_requires_grad,
+    move_adapter_reference,
+    prepare_adapter_reference,
+)
+from .start import explain_difference, tolerance
+
+
+logger = logging.get_logger(__name__)
 
 
 class KLTrainer(GRPOTrainer):
@@ -40,23 +52,38 @@ class KLTrainer(GRPOTrainer):
 
     args: GRPOExtConfig
 
-    def __init__(self, *, args: GRPOExtConfig, **kwargs: Any):
-        # TRL refuses to move a reference under PEFT, and its callback for a separate one is ours to add
-        with swapped(args, sync_ref_model=False):
-            super().__init__(args=args, **kwargs)
+    def __init__(self, *, model: Any, args: GRPOExtConfig, **kwargs: Any):
+        if args.beta != 0.0 and isinstance(model, PeftModel):
+            check_adapter(model, args.sync_ref_model)
+        # Of a model that has an adapter already, TRL makes a frozen copy to be the reference. It looks for an adapter
+        # called "default", and fails for a model that has trained before, which has a copy. With `beta` at 0 it leaves
+        # the reference to this package. TRL also refuses to move a reference under PEFT.
+        continues = isinstance(model, PeftModel) and args.beta != 0.0
+        with swapped(args, sync_ref_model=False, beta=0.0 if continues else args.beta):
+            super().__init__(model=model, args=args, **kwargs)
+        self.beta = args.beta
         self._sequence_token = args.importance_sampling_level == "sequence_token"
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
-        self._reference = self._prepare_reference()
+        self._reference = self._prepare_reference(continues)
+        self._loaded_from_path = isinstance(model, str)
+        self._start_is_checked = False
 
-    def _prepare_reference(self) -> CachedReference | None:
-        """Make sure that the reference is right, and moves if it is to; the exact KL caches its hidden states."""
+    def _prepare_reference(self, continues: bool) -> CachedReference | None:
+        """
+        Make sure that the reference is right, and moves if it is to; the exact KL caches its hidden states.
+
+        Args:
+            continues (`bool`):
+                Whether the model came with an adapter, which then starts from where it is and not from nothing.
+        """
         moves = self.args.sync_ref_model
         if moves and self.is_fsdp_enabled and cast(Any, self.accelerator.state.fsdp_plugin).fsdp_version == 1:
             raise ValueError("sync_ref_model does not know the flat parameters of FSDP1. Use fsdp_version: 2.")
         if self.beta != 0.0 and isinstance(self.model, PeftModel):
-            prepare_adapter_reference(self.model, moves)
+            check_adapter(self.model, moves)
+            prepare_adapter_reference(self.model, needs_copy=moves or continues)
         cached = None
         if self.args.kl_estimator == "exact":
             cached = CachedReference(
@@ -135,7 +162,7 @@ class KLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         # TRL activates the reference's adapter here, whereupon PEFT lets all of the policy's train
-        with keep_requires_grad(self.model):
+        with keep_requires_grad(cast(nn.Module, self.model)):
             output = super()._generate_and_score_completions(inputs)
         # A callback may have set `beta` to 0, and then TRL runs no reference
         if self._reference is not None and self.beta != 0.0:
@@ -180,6 +207,7 @@ class KLTrainer(GRPOTrainer):
         if self.beta == 0.0:
             self._log_loss(policy_loss * steps, None, {}, mask_BT)
             return loss
+        self._check_start(output, inputs)
         # TRL's own term is computed once more for the log only
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._keeps_trl_kl):
             kl_BT = self.per_token_kl(output, inputs)
@@ -190,6 +218,29 @@ class KLTrainer(GRPOTrainer):
         kls = {"kl": kl_BT, **self._sampled_estimates(output, inputs)}
         self._log_loss(policy_loss * steps, kl_loss.detach() * steps, kls, mask_BT)
         return loss + kl_loss
+
+    def _check_start(self, output: Any, inputs: dict[str, Any]) -> None:
+        """Raise or warn, once, if the policy differs from the reference before the first update."""
+        if self._start_is_checked or self._mode != "train":
+            return
+        self._start_is_checked = True
+        if self.state.global_step > 0:
+            return
+        logp_BT = completion_logps(output, inputs).detach()
+        is_exact = self.args.kl_estimator == "exact"
+        ref_logp_BT = output.ref_log_probs if is_exact else inputs["ref_per_token_logps"]
+        mask_BT = loss_mask(inputs)
+        kl_BT = kl_estimate(logp_BT, ref_logp_BT, "k3").masked_fill(mask_BT == 0, 0.0)
+        kl, tokens = total(self.accelerator, torch.stack([kl_BT.sum(), mask_BT.sum()]))
+        mean = kl / max(tokens, 1.0)
+        model = self._unwrapped(self.model)
+        dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else model.dtype
+        if mean <= tolerance(dtype):
+            return
+        message, is_mistake = explain_difference(mean, model, model.config, from_path=self._loaded_from_path)
+        if is_mistake:
+            raise ValueError(message)
+        logger.warning(message)
 
     def _sampled_estimates(self, output: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Beside an exact KL, for the log: the estimates from the same tokens."""
