@@ -64,7 +64,8 @@ def extra_memory(method: str, shape: tuple[int, ...], dtype: str) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    shapes, dtype = arguments.shapes, arguments.dtype
+    shapes = arguments.shapes
+    dtype = arguments.dtype
     cells = [(method, shape) for shape in shapes for method in METHODS]
     memory = {cell: in_fresh_process(extra_memory, *cell, dtype) for cell in track(cells, "memory")}
     rows = []

@@ -103,12 +103,16 @@ class _Sources(NamedTuple):
     group_size: int
 
     @property
-    def judged_N(self) -> torch.Tensor:
-        return (~self.rewards_KNT.isnan()).any(2).any(0)
+    def given_NT(self) -> torch.Tensor:
+        """True on tokens on which any source puts a reward."""
+        return (~self.rewards_KNT.isnan()).any(0)
 
     def without_weight_0(self) -> "_Sources":
         """The others; multiplying by 0 would still let a source judge completions and end steps."""
         kept = [k for k, weight in enumerate(self.weights_K.tolist()) if weight != 0]
+        if len(kept) == len(self.gammas):
+            # Indexing copies
+            return self
         return self._replace(
             rewards_KNT=self.rewards_KNT[kept],
             weights_K=self.weights_K[kept],
@@ -149,22 +153,21 @@ def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: fl
 
     An estimator that normalises step rewards: `A = returns(normalize(sum_k w_k shape(r^k)))`
     """
+    given_NT = sources.given_NT
+    judged_N = given_NT.any(1)
 
     def normalize(values_NT: torch.Tensor) -> torch.Tensor:
-        judged_N = sources.judged_N
         return row.function(EstimatorInputs(values_NT, sources.mask_NT, judged_N, sources.group_size, scale, eps))
 
     rewards_KNT = row.shape_rewards(sources.rewards_KNT)
     if row.normalizes == "returns":
         returns_KNT = torch.stack([sources.returns(rewards_NT, k) for k, rewards_NT in enumerate(rewards_KNT)])
-        counted_NT = sources.mask_NT & sources.judged_N[:, None]
+        counted_NT = sources.mask_NT & judged_N[:, None]
         return normalize(sources.weighted_sum(returns_KNT)).where(counted_NT, 0.0)
-    given_KNT = ~rewards_KNT.isnan()
-    # A step reward exists where any source gives one; a source that gives none there adds 0
-    given_NT = given_KNT.any(0)
-    rewards_NT = sources.weighted_sum(rewards_KNT.where(given_KNT, 0.0)).where(given_NT, torch.nan)
+    # Where some sources give a step reward, the others add 0
+    summed_NT = sources.weighted_sum(rewards_KNT.where(~rewards_KNT.isnan(), 0.0)).where(given_NT, torch.nan)
     # All gammas are equal here
-    return sources.returns(normalize(rewards_NT).where(given_NT, torch.nan), 0)
+    return sources.returns(normalize(summed_NT).where(given_NT, torch.nan), 0)
 
 
 def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torch.Tensor:
@@ -180,7 +183,7 @@ def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torc
     alone = [_advantages_of_sum(sources.single(k), row, scale="group", eps=eps) for k in range(len(sources.gammas))]
     summed_NT = sources.weighted_sum(torch.stack(alone))
     # Tokens have weight 1 / L, so that a long completion counts no more than a short one
-    weights_NT = completion_weights(sources.mask_NT, sources.judged_N, summed_NT.dtype)
+    weights_NT = completion_weights(sources.mask_NT, sources.given_NT.any(1), summed_NT.dtype)
     batch = weighted_moments(summed_NT, weights_NT, (0, 1))
     # The mean is not 0 for completions of different lengths: the estimators centre with other weights than 1 / L.
     # TRL's step subtracts it from every completion, so groups without spread do not stay at 0

@@ -26,6 +26,7 @@ SOFT_MINIMUM_TEMPERATURE = 0.1
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise a `ValueError` that names what is wrong and what is allowed, unless the value is allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
@@ -76,7 +77,7 @@ class Estimator:
             comes first, and the returns of what it gives are the advantages.
         options (`Mapping[str, Sequence[Any]]`, *optional*):
             The configuration's fields that the function takes as keywords, each with its allowed values. With no
-            allowed values, `()`, the function checks the value itself.
+            allowed values, `()`, the function checks the value itself. By default it takes none.
         shape_rewards (`Callable[[torch.Tensor], torch.Tensor]`, *optional*):
             Maps the step rewards `(..., T)` of each source, before anything else. It must keep NaN where it is. By
             default nothing is changed.
@@ -245,7 +246,12 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def find_estimator(estimator: str | Estimator) -> Estimator:
-    """The row of that name, or the estimator itself."""
+    """
+    The row of [`ESTIMATORS`] with that name; an estimator is returned as it is.
+
+    Raises:
+        ValueError: the table has no such row.
+    """
     if isinstance(estimator, Estimator):
         return estimator
     check_choice("estimator", estimator, tuple(ESTIMATORS))

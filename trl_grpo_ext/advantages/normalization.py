@@ -31,8 +31,8 @@ def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int
 
     `std = sqrt(sum w (x - mean)^2 / (n - 1))`
 
-    n counts steps or completions, and is a whole number up to rounding. There is no spread where it is 0 or 1, or where
-    `std` is no larger than the rounding of the values. Entries with weight 0 are never read.
+    n counts steps or completions, so it is a whole number up to rounding. There is no spread where `n` is 0 or 1, or
+    where `std` is no larger than the rounding of the values. Entries with weight 0 are never read.
     """
     values = values.where(weights > 0, 0.0)
     count = weights.sum(dim, keepdim=True)
