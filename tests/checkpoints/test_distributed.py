@@ -20,18 +20,34 @@ def one(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("sharding", LAUNCHERS)
 def test_two_processes_resume_with_the_reference_that_had_moved(sharding, one, tiny_model, tmp_path):
     launch(sharding, "tests.support.resume_worker", tiny_model, str(tmp_path))
-    for seen in (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)):
-        for case, runs in seen.items():
-            for part in ("weights", "reference"):
-                whole, resumed = runs["whole"][part], runs["resumed"][part]
-                assert whole.keys() == resumed.keys() == one[case]["whole"][part].keys()
-                for name, value in whole.items():
-                    torch.testing.assert_close(resumed[name], value, rtol=1e-6, atol=1e-7, msg=f"{case} {name}")
-                    expected = one[case]["whole"][part][name]
-                    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=f"{case} {name}")
-            kls = [entry["kl"] for entry in runs["whole"]["log"]]
-            assert kls[0] < 1e-8 and min(kls[1:]) > 1e-6, "neither the policy nor its reference stands still"
-            assert runs["resumed"]["step"] == resume_worker.STEPS
-            for theirs, ours in zip(one[case]["whole"]["log"], runs["resumed"]["log"], strict=True):
-                for name in ("loss", "kl", "kl_loss", "grad_norm"):
-                    assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (case, name)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for case, alone in one["runs"].items():
+        for rank in ranks:
+            assert_resumed(case, rank["runs"][case], alone)
+        for run in ("whole", "resumed"):
+            # The processes' parts of a batch, one after the other
+            both = zip(*(rank["runs"][case][run]["prompts"] for rank in ranks), strict=True)
+            assert [first + second for first, second in both] == alone[run]["prompts"]
+        first, second, third, fourth = alone["whole"]["prompts"]
+        assert first + second != third + fourth, "the epochs differ"
+        assert alone["resumed"]["prompts"] == [fourth]
+    # Both processes generate anew where one has lost its part: another one would wait for the other
+    both = zip(*(rank["prompts without a batch"] for rank in ranks), strict=True)
+    assert [first + second for first, second in both] == one["prompts without a batch"]
+    assert one["prompts without a batch"] == [one["runs"]["lora"]["whole"]["prompts"][2]]
+
+
+def assert_resumed(case, runs, alone):
+    for part in ("weights", "reference"):
+        whole, resumed = runs["whole"][part], runs["resumed"][part]
+        assert whole.keys() == resumed.keys() == alone["whole"][part].keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-6, atol=1e-7, msg=f"{case} {name}")
+            expected = alone["whole"][part][name]
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=f"{case} {name}")
+    kls = [entry["kl"] for entry in runs["whole"]["log"]]
+    assert kls[0] < 1e-8 and min(kls[1:]) > 1e-6, "neither the policy nor its reference stands still"
+    assert runs["resumed"]["step"] == resume_worker.STEPS
+    for theirs, ours in zip(alone["whole"]["log"], runs["resumed"]["log"], strict=True):
+        for name in ("loss", "kl", "kl_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (case, name)

@@ -1,181 +1,158 @@
-"""
-Folders of checkpoints: which are complete, and what this package adds to them.
+"""The folders of a run's checkpoints: which one to resume from, and which ones to delete."""
 
-A checkpoint is written file by file, and a process can be killed between any two. So `checkpoint.json` says
-`{"complete": false}` before the first and lists all files with their sizes after the last. A checkpoint without one is
-not of this package's making, and is complete if it has the file that transformers writes last.
-
-Beside what TRL saves there is `reference/`, where the reference cannot be had from elsewhere, and, in a checkpoint
-amid the updates on one generated batch, `batch_{rank}.pt` with that batch.
-"""
-
-import json
-import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from ..distributed import assign_whole, whole
+from .manifest import (
+    MANIFEST_NAME,
+    edits,
+    incompleteness,
+    mark_incomplete,
+    missing_required,
+    read_manifest,
+)
 
-
-MANIFEST_NAME = "checkpoint.json"
-# In a folder of its own: servers load every safetensors file that lies beside the model's
-REFERENCE_NAME = "reference/parameters.safetensors"
-# Transformers keeps it there while it saves a job that is preempted
-_SENTINEL_NAME = "checkpoint-is-incomplete.txt"
 
 logger = logging.get_logger(__name__)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """As transformers names it."""
+    """The folder of a checkpoint, named as transformers names it."""
     return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def batch_file(folder: Path, rank: int) -> Path:
-    """Where a process keeps the generated batch that it was amid."""
-    return folder / f"batch_{rank}.pt"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Complete or torn
+# Resuming
 
 
-def open_checkpoint(folder: Path) -> None:
-    """Say of a checkpoint that it is not complete; one that is written anew loses what only this package wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_manifest(folder, {"complete": False})
-    for path in (folder / REFERENCE_NAME, *folder.glob("batch_*.pt")):
-        path.unlink(missing_ok=True)
+def find_checkpoint(resume: str | Path | bool, output_dir: Path) -> Path:
+    """
+    The checkpoint to resume from, which is complete.
 
+    A checkpoint that was edited since it was saved is taken as transformers takes it, with one warning that names the
+    files.
 
-def seal_checkpoint(folder: Path) -> None:
-    """Say of a checkpoint that it is complete, with every file in it and its size in bytes."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST_NAME, _SENTINEL_NAME))
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
-    _write_manifest(folder, {"complete": True, "files": sizes})
+    Args:
+        resume (`str`, `Path` or `bool`):
+            A checkpoint's folder, or `True` for the newest complete one in `output_dir`.
+        output_dir (`Path`):
+            Folder of the run.
 
+    Returns:
+        `Path`: the checkpoint's folder.
 
-def _write_manifest(folder: Path, manifest: dict) -> None:
-    """All at once: whoever reads meanwhile, or after this process was killed, finds the old one or the new one."""
-    unfinished = folder / f".{MANIFEST_NAME}"
-    with unfinished.open("w") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(folder / MANIFEST_NAME)
-
-
-def what_is_missing(folder: Path) -> str | None:
-    """What a checkpoint lacks to be complete, or `None`."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    if (folder / _SENTINEL_NAME).exists():
-        return f"it has a {_SENTINEL_NAME}"
-    name = MANIFEST_NAME if (folder / MANIFEST_NAME).exists() else TRAINER_STATE_NAME
-    try:
-        content = json.loads((folder / name).read_bytes())
-        if name == TRAINER_STATE_NAME:
-            return None
-        complete, sizes = content["complete"], content.get("files", {})
-    except (OSError, ValueError, TypeError, KeyError):
-        return f"{name} is missing or torn"
-    if not complete:
-        return "it is being written, or the run ended while it was"
-    for file, size in sizes.items():
-        found = (folder / file).stat().st_size if (folder / file).is_file() else None
-        if found != size:
-            return f"{file} is missing" if found is None else f"{file} has {found} bytes instead of {size}"
-    return None
-
-
-def check_complete(folder: Path) -> None:
-    """Raise `ValueError` that says what a checkpoint lacks, if anything."""
-    if missing := what_is_missing(folder):
+    Raises:
+        ValueError: the checkpoint is incomplete, or no checkpoint is complete, or a file is missing that nothing can
+            be resumed without; with the reason.
+    """
+    folder = newest_complete(output_dir) if isinstance(resume, bool) else Path(resume)
+    if reason := incompleteness(folder):
         raise ValueError(
-            f"{folder} is not a complete checkpoint: {missing}. Resume from another one, or with "
+            f"{folder} is not a complete checkpoint: {reason}. Resume from another one, or with "
             "`resume_from_checkpoint=True` from the newest that is complete."
         )
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return folder
+    if missing := missing_required(folder, manifest):
+        raise ValueError(
+            f"The checkpoint {folder} cannot be resumed without {', '.join(missing)}, which it had when it was saved. "
+            "Restore what is missing, or pass the path of another checkpoint as `resume_from_checkpoint`."
+        )
+    if differences := edits(folder, manifest):
+        logger.warning(
+            f"The checkpoint {folder} was edited since it was saved: {'; '.join(differences)}. The run resumes with "
+            "what is there. A file that has become shorter may have been cut short."
+        )
+    return folder
 
 
 def newest_complete(output_dir: Path) -> Path:
     """
-    The checkpoint with the largest step that is complete; torn ones are passed over with a warning each.
+    The complete checkpoint with the largest step; incomplete ones are passed over with a warning each.
 
     Raises:
-        ValueError: there is none, with what each lacks.
+        ValueError: no checkpoint is complete; with the reason for each.
     """
-    torn = []
+    passed_over = []
     for folder in reversed(_checkpoints(output_dir)):
-        missing = what_is_missing(folder)
-        if missing is None:
+        reason = incompleteness(folder)
+        if reason is None:
             return folder
-        torn.append(f"{folder} ({missing})")
-        logger.warning(f"Passing over the torn checkpoint {torn[-1]}.")
+        passed_over.append(f"{folder} ({reason})")
+        logger.warning(f"Passing over the incomplete checkpoint {passed_over[-1]}.")
+    found = f"incomplete are {', '.join(passed_over)}" if passed_over else "it holds no checkpoint at all"
     raise ValueError(
-        f"There is no complete checkpoint in {output_dir} to resume from. Torn ones: {', '.join(torn) or 'none'}."
+        f"There is no complete checkpoint in {output_dir} to resume from: {found}. Train without "
+        "`resume_from_checkpoint`, or pass the path of a checkpoint."
     )
-
-
-def rotate_checkpoints(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """
-    Delete all but the `limit` checkpoints that were completed last, `keep` among them, and the torn ones.
-
-    Transformers' own counts a torn checkpoint as one, and can delete the only complete one for it.
-    """
-    if limit is None or limit <= 0:
-        return
-    protected = set(keep)
-    others = [folder for folder in _checkpoints(output_dir) if folder not in protected]
-    torn = [folder for folder in others if what_is_missing(folder) is not None]
-    # A run that was resumed from an early checkpoint has later ones of a run before
-    complete = sorted(
-        (folder for folder in others if folder not in torn), key=lambda folder: folder.stat().st_mtime_ns
-    )
-    for folder in [*torn, *complete[: max(len(complete) + len(protected) - limit, 0)]]:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """By step."""
-    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output_dir.glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+    """Folders that are named as checkpoints, by step."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = [path for path in output_dir.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The reference
+# Deleting
 
 
-def save_reference(folder: Path, parameters: dict[str, torch.Tensor], write: bool) -> None:
-    """Save the reference's parameters, whole, where `write`; all processes take part."""
-    values = {}
-    for name, parameter in parameters.items():
-        value = whole(parameter)
-        if write:
-            values[name] = value
-    if values:
-        path = folder / REFERENCE_NAME
-        path.parent.mkdir(exist_ok=True)
-        save_file(values, path)
-
-
-def load_reference(folder: Path, parameters: dict[str, torch.Tensor]) -> None:
+def rotate_checkpoints(output_dir: Path, limit: int | None, newest: Path, best: Path | None) -> None:
     """
-    Give the reference's parameters, sharded or not, the values of a checkpoint.
+    Delete old checkpoints, as transformers does with `save_total_limit`, and incomplete ones that are older still.
 
-    Raises:
-        ValueError: it is the reference of another model; with the names that differ.
+    The complete checkpoints count, in transformers' order, by the time at which they were written. The oldest are
+    deleted until `limit` are left; `newest` and `best` stay. An incomplete checkpoint does not count, and is deleted
+    if `newest` was completed after it. A folder without a manifest of this package neither counts nor is deleted: it
+    may hold another trainer's checkpoint, or a model.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run.
+        limit (`int`, *optional*):
+            Number of complete checkpoints to keep. With `None` or 0 nothing is deleted.
+        newest (`Path`):
+            The checkpoint that was saved last.
+        best (`Path`, *optional*):
+            The checkpoint with the best metric.
     """
-    path = folder / REFERENCE_NAME
-    with safe_open(path, framework="pt") as file:
-        if differing := sorted(set(file.keys()) ^ parameters.keys()):
-            raise ValueError(f"{path} is the reference of another model: {', '.join(differing[:5])} differ(s).")
-        for name, parameter in parameters.items():
-            assign_whole(parameter, file.get_tensor(name))
+    if limit is None or limit <= 0:
+        return
+    folders = [Path(folder) for folder in sort_checkpoints(str(output_dir), use_mtime=True)]
+    manifests = {folder: manifest for folder in folders if (manifest := read_manifest(folder))}
+    if unmanaged := [folder.name for folder in _checkpoints(output_dir) if folder not in manifests]:
+        logger.warning_once(
+            f"save_total_limit leaves {', '.join(unmanaged)} in {output_dir} alone: no {MANIFEST_NAME} in there says "
+            "that this package has saved it."
+        )
+    protected = {path.resolve() for path in (newest, best) if path is not None}
+    complete = [folder for folder, manifest in manifests.items() if manifest.complete]
+    deletable = [folder for folder in complete if folder.resolve() not in protected]
+    completed = read_manifest(newest)
+    incomplete = [
+        folder
+        for folder, manifest in manifests.items()
+        if completed is not None and not manifest.complete and manifest.written_ns < completed.written_ns
+    ]
+    for folder in [*incomplete, *deletable[: max(len(complete) - limit, 0)]]:
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint so that a process that is killed meanwhile leaves one that is marked incomplete."""
+    try:
+        mark_incomplete(folder)
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != MANIFEST_NAME:
+                path.unlink()
+        shutil.rmtree(folder)
+    except OSError as error:
+        # A full or slow disk is no reason to end a run
+        logger.warning(f"The old checkpoint {folder} could not be deleted: {error}.")
