@@ -2,17 +2,12 @@
 
 import ast
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from operator import add, mul, neg, pos, sub, truediv
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast
-
-from trl_grpo_ext import StepRewards
+from trl_grpo_ext import step_reward
 
 
 OPERATORS: dict[type, Callable[..., Any]] = {
@@ -30,73 +25,29 @@ EQUATIONS = re.compile(rf"(?<![\w.)*/+-]){SUM}(?:={SUM})+(?![\w(]|[-+*/][\w(])")
 LONGEST_EQUATION = 200
 
 
-class EquationSteps:
+@step_reward(by="newline")
+def equations_hold(steps: list[str]) -> list[float | None] | None:
     """
     Judges each line of a completion that holds an equation such as `4 + 9 = 13`, by computing both sides exactly.
 
-    A step is such a line. It earns 1 if all its equations hold and not all of them stand on an earlier line, otherwise
-    0; its reward sits on the token that completes the line's text. Lines without an operator or with letters or
-    brackets inside the equation are not judged, nor is a completion without any judged line (`None`).
+    A line earns 1 if all its equations hold and not all of them stand on an earlier line, otherwise 0. A line without
+    an equation, or with letters or brackets inside one, is not scored (`None`). A completion without any scored line
+    is not judged.
 
     Right but pointless equations earn 1 too, and a policy that is paid for each learns to write as many as fit. Use
     `reward_transforms: [clip, ...]`, under which a right line costs nothing and a wrong one 0.5, beside a source that
     judges the answer.
-
-    Reward functions get token ids but no tokenizer, and text is mapped to tokens with the policy's own; this is why it
-    is a class. `recipes/grpo.py` builds a class named in `reward_funcs` with the policy's tokenizer.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            The policy's tokenizer.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer.backend_tokenizer
-
-    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[StepRewards | None]:
-        return [self.judge(ids) for ids in completion_ids]
-
-    def judge(self, ids: Sequence[int]) -> StepRewards | None:
-        """Step rewards of one completion's token ids, or `None` if no line can be judged."""
-        text, token_ends = decode_with_ends(self.tokenizer, ids)
-        rewards: dict[int, float] = {}
-        for end, reward in line_rewards(text):
-            token = bisect_left(token_ends, end)
-            # Two lines that end inside one token are one step, as right as the worse of them.
-            rewards[token] = min(reward, rewards.get(token, reward))
-        return StepRewards(ends=list(rewards), values=list(rewards.values())) if rewards else None
-
-
-def decode_with_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """
-    Decode token by token and say where in the text each token ends; special tokens have no text.
-
-    A character whose bytes are split over several tokens belongs to the last of them. Bytes that never become a
-    character at the end of `ids` are left out.
-
-    Returns:
-        `tuple[str, list[int]]`: the text, and for each token the number of characters up to its end (not decreasing).
-    """
-    stream = DecodeStream(skip_special_tokens=True)
-    text, ends = "", []
-    for token in ids:
-        text += stream.step(tokenizer, token) or ""
-        ends.append(len(text))
-    return text, ends
-
-
-def line_rewards(text: str) -> list[tuple[int, float]]:
-    """Position after the last visible character of each line that holds equations, and the line's reward."""
     seen: set[str] = set()
-    rewards, start = [], 0
-    for line in text.splitlines(keepends=True):
+    rewards: list[float | None] = []
+    for line in steps:
         verdicts = judge_equations(line)
         if verdicts:
-            right = all(verdicts.values()) and not verdicts.keys() <= seen
-            rewards.append((start + len(line.rstrip()), float(right)))
+            rewards.append(float(all(verdicts.values()) and not verdicts.keys() <= seen))
             seen.update(verdicts)
-        start += len(line)
-    return rewards
+        else:
+            rewards.append(None)
+    return None if all(reward is None for reward in rewards) else rewards
 
 
 def judge_equations(line: str) -> dict[str, bool]:

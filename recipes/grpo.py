@@ -19,11 +19,9 @@ from types import ModuleType
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from trl_grpo_ext.reward_models.opening import open_reward_models
+from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, open_reward_models
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -70,7 +68,7 @@ class ScriptArguments:
     reward_funcs: list[str] = field(
         metadata={
             "help": "Reward sources, in order: `package.module.function`, `package.module:function`, "
-            "`path/to/file.py:function`, or a reward model's Hub id or folder. A class is built with the tokenizer."
+            "`path/to/file.py:function`, or a reward model's Hub id or folder."
         }
     )
     reward_model_options: dict[str, Any] | str | None = field(
@@ -118,13 +116,12 @@ def looks_like_model(spec: str) -> bool:
     return ":" not in spec and (Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py")))
 
 
-def load_reward(spec: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+def load_reward(spec: str) -> Any:
     """
     The reward source that `spec` names, as `reward_funcs` of the trainer takes it.
 
-    - `path/to/file.py:name`, `package.module:name` or `package.module.name`: a reward function. Modules beside this
-      script and in the working directory are found. A class is built with the policy's tokenizer, `name(tokenizer)`,
-      since reward functions are called with token ids but without a tokenizer.
+    - `path/to/file.py:name`, `package.module:name` or `package.module.name`: a reward function with TRL's signature,
+      or one made by `@step_reward`. Modules beside this script and in the working directory are found.
     - a folder, or an id with a slash: a reward model, loaded by the trainer.
 
     Raises:
@@ -143,14 +140,16 @@ def load_reward(spec: str, tokenizer: PreTrainedTokenizerFast) -> Any:
             "model's folder or organisation/name on the Hub."
         )
     module = load_file(where, spec) if where.endswith(".py") else load_module(where, spec)
-    if name not in vars(module):
-        public = [known for known in vars(module) if not known.startswith("_")]
+    try:
+        # Some modules, such as `trl.rewards`, load a name only when it is asked for
+        source = getattr(module, name)
+    except AttributeError:
+        public = [known for known in dir(module) if not known.startswith("_")]
         close = get_close_matches(name, public) or public
-        raise ImportError(f"reward_funcs: {spec!r}: {where!r} has no {name!r}; it has: {', '.join(close)}.")
-    source = vars(module)[name]
-    if not callable(source):
-        raise ValueError(f"reward_funcs: {spec!r} is a {type(source).__name__}, not a function or class.")
-    return source(tokenizer) if inspect.isclass(source) else source
+        raise ImportError(f"reward_funcs: {spec!r}: {where!r} has no {name!r}; it has: {', '.join(close)}.") from None
+    if not callable(source) or inspect.isclass(source):
+        raise ValueError(f"reward_funcs: {spec!r} is a {type(source).__name__}, not a function.")
+    return source
 
 
 def load_module(name: str, spec: str) -> ModuleType:
@@ -176,11 +175,11 @@ def load_file(path: str, spec: str) -> ModuleType:
     return module
 
 
-def load_rewards(specs: list[str], weights: list[float] | None, tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+def load_rewards(specs: list[str], weights: list[float] | None) -> list[Any]:
     """All reward sources, after a check that there are as many weights."""
     if weights is not None and len(weights) != len(specs):
         raise ValueError(f"{len(weights)} reward_weights {weights} for {len(specs)} reward_funcs {specs}.")
-    return [load_reward(spec, tokenizer) for spec in specs]
+    return [load_reward(spec) for spec in specs]
 
 
 def load_split(args: ScriptArguments, split: str) -> Dataset:
@@ -258,13 +257,8 @@ def make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
     train_dataset, eval_dataset = load_data(script_args)
-    rewards = load_rewards(script_args.reward_funcs, training_args.reward_weights, tokenizer)
+    rewards = load_rewards(script_args.reward_funcs, training_args.reward_weights)
     if script_args.reward_model_options:
         rewards = open_reward_models(rewards, {**training_args.model_init_kwargs, **script_args.reward_model_options})
     return GRPOExtTrainer(

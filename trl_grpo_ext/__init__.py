@@ -42,7 +42,7 @@ from .advantages.estimators import ESTIMATORS, Estimator
 from .config import GRPOExtConfig
 from .kl.divergences import DIVERGENCES, Divergence
 from .reward_models.models import OutcomeRewardModel, ProcessRewardModel
-from .reward_models.opening import load_reward_model
+from .reward_models.opening import load_reward_model, open_reward_models
 from .reward_models.presets import Preset
 from .reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from .rewards.batch import ScoredBatch
@@ -68,6 +68,7 @@ __all__ = [
     "Segmentation",
     "StepRewards",
     "load_reward_model",
+    "open_reward_models",
     "step_reward",
 ]
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """recipes/grpo.py and its reward sources: configuration, data, rewards by name, steps on tokens, and one whole run."""
 
+import copy
 import json
 import re
 import shlex
@@ -11,11 +12,13 @@ import equation_steps
 import grpo
 import pytest
 import reasoning_gym_task
+import trl.rewards
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import smollm2
 from tests.support.tiny_models import save_tiny_model
+from trl_grpo_ext import StepRewards
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -59,9 +62,9 @@ def script_arguments(dataset: object, **fields) -> grpo.ScriptArguments:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses_and_its_rewards_load(path, byte_tokenizer):
+def test_every_config_parses_and_its_rewards_load(path):
     script_args, training_args, _ = parse("--config", str(path), "--bf16", "false")
-    sources = grpo.load_rewards(script_args.reward_funcs, training_args.reward_weights, byte_tokenizer)
+    sources = grpo.load_rewards(script_args.reward_funcs, training_args.reward_weights)
     assert len(sources) == len(script_args.reward_funcs)
 
 
@@ -206,12 +209,14 @@ def reward_file(tmp_path) -> Path:
     return path
 
 
-def test_reward_functions_classes_and_models_by_name(reward_file, tmp_path, byte_tokenizer):
-    load = lambda spec: grpo.load_reward(spec, byte_tokenizer)  # noqa: E731
+def test_reward_functions_and_models_by_name(reward_file, tmp_path):
+    load = grpo.load_reward
     assert load("reasoning_gym_task:task_score") is reasoning_gym_task.task_score
     assert load("reasoning_gym_task.task_score") is reasoning_gym_task.task_score
     assert load(f"{reward_file}:lower").__name__ == "lower"
-    assert load("equation_steps:EquationSteps").tokenizer is byte_tokenizer.backend_tokenizer
+    assert load("equation_steps:equations_hold") is equation_steps.equations_hold
+    # This module loads its names only when they are asked for
+    assert load("trl.rewards.think_format_reward") is trl.rewards.think_format_reward
     assert load("Skywork/Skywork-Reward-V2-Qwen3-0.6B") == "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
     assert load(str(tmp_path)) == str(tmp_path)
 
@@ -225,24 +230,25 @@ def test_reward_functions_classes_and_models_by_name(reward_file, tmp_path, byte
         ("nowhere.py:score", FileNotFoundError, "no file 'nowhere.py'"),
         ("FILE", ValueError, "write .*my_rewards.py:FUNCTION"),
         ("FILE:LIMIT", ValueError, "is a int, not a function"),
+        ("fractions:Fraction", ValueError, "is a .*, not a function"),
         ("accuracy", ValueError, "neither"),
     ],
 )
-def test_reward_that_cannot_be_found(spec, error, message, reward_file, byte_tokenizer):
+def test_reward_that_cannot_be_found(spec, error, message, reward_file):
     with pytest.raises(error, match=message):
-        grpo.load_reward(spec.replace("FILE", str(reward_file)), byte_tokenizer)
+        grpo.load_reward(spec.replace("FILE", str(reward_file)))
 
 
-def test_missing_dependency_of_a_reward_module_is_not_hidden(tmp_path, monkeypatch, byte_tokenizer):
+def test_missing_dependency_of_a_reward_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "needs_more.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'nowhere_to_be_found'"):
-        grpo.load_reward("needs_more:score", byte_tokenizer)
+        grpo.load_reward("needs_more:score")
 
 
-def test_number_of_weights(byte_tokenizer):
+def test_number_of_weights():
     with pytest.raises(ValueError, match="3 reward_weights .* for 1 reward_funcs"):
-        grpo.load_rewards(["a.b"], [1.0, 2.0, 3.0], byte_tokenizer)
+        grpo.load_rewards(["a.b"], [1.0, 2.0, 3.0])
 
 
 # --- The process source ----------------------------------------------------------------------------------------------
@@ -281,60 +287,71 @@ def test_equations_of_a_line(line, verdicts):
     assert list(equation_steps.judge_equations(line).values()) == verdicts
 
 
-def test_right_wrong_and_repeated_lines():
+def judge(tokenizer, ids):
+    """The source on one completion of a policy with this tokenizer."""
+    source = copy.copy(equation_steps.equations_hold)
+    source.prepare(None, tokenizer, None)
+    (rewards,) = source(prompts=["sum"], completion_ids=[ids])
+    return rewards
+
+
+def test_right_wrong_and_repeated_lines(byte_tokenizer):
     text = "4 + 9 = 13\n4 + 9 = 13\nhm\n13 - 2 = 12\n4+9=13, 13 - 2 = 11\n"
-    assert [reward for _, reward in equation_steps.line_rewards(text)] == [1.0, 0.0, 0.0, 1.0]
+    assert judge(byte_tokenizer, byte_tokenizer.encode(text)).values == [1.0, 0.0, None, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
     "text, ends, values",
     [
-        ("1+1=2\n2+2=5", [4, 10], [1.0, 0.0]),
-        ("1+1=2\n2+2=5\n\n", [4, 10], [1.0, 0.0]),
+        # The newline belongs to the line that it ends
+        ("1+1=2\n2+2=5", [5, 10], [1.0, 0.0]),
+        ("1+1=2\n2+2=5\n\n", [5, 12], [1.0, 0.0]),
         # "3\n" is one token, and it completes the first line
         ("1+2=3\n2+2=4", [4, 9], [1.0, 1.0]),
-        # "\n5" is one token: the first line ends before it
-        ("1+1=2\n5+2=7", [4, 9], [1.0, 1.0]),
+        # "\n5" is one token: the first line ends within it
+        ("1+1=2\n5+2=7", [5, 9], [1.0, 1.0]),
         # two bytes for "é", four for the emoji, three for the minus sign
-        ("é 1+1=2\n😀 4−1=3", [7, 20], [1.0, 1.0]),
-        ("1+1=2  \nso", [4], [1.0]),
+        ("é 1+1=2\n😀 4−1=3", [8, 20], [1.0, 1.0]),
+        ("1+1=2  \nso", [7, 9], [1.0, None]),
         ("1+1=2<end>", [4], [1.0]),
-        ("1+1=2\n<end>", [4], [1.0]),
+        ("1+1=2\n<end>", [5], [1.0]),
     ],
 )
 def test_steps_end_on_the_token_that_completes_the_line(text, ends, values, byte_tokenizer):
-    source = equation_steps.EquationSteps(byte_tokenizer)
-    (steps,) = source(completion_ids=[byte_tokenizer.encode(text)])
+    steps = judge(byte_tokenizer, byte_tokenizer.encode(text))
     assert (steps.ends, steps.values) == (ends, values)
 
 
-@pytest.mark.parametrize("text", ["", "<end>", "\n\n", "no equation\nat all"])
-def test_completion_without_a_judgeable_line(text, byte_tokenizer):
-    assert equation_steps.EquationSteps(byte_tokenizer)([byte_tokenizer.encode(text)]) == [None]
+@pytest.mark.parametrize("text", ["", "<end>", "\n\n"])
+def test_completion_without_a_line(text, byte_tokenizer):
+    assert judge(byte_tokenizer, byte_tokenizer.encode(text)) == StepRewards([], [])
+
+
+def test_completion_without_a_judgeable_line(byte_tokenizer):
+    assert judge(byte_tokenizer, byte_tokenizer.encode("no equation\nat all")) is None
 
 
 def test_cut_off_character_at_the_end(byte_tokenizer):
     ids = byte_tokenizer.encode("1+1=2\n😀")[:-2]
-    assert equation_steps.EquationSteps(byte_tokenizer).judge(ids).ends == [4]
+    assert judge(byte_tokenizer, ids).values == [1.0, None]
 
 
 def test_lines_that_end_in_one_token_are_one_step(byte_tokenizer):
     """No real vocabulary at hand has such a token, so add one; the wrong line decides."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str()))
-    tokenizer.add_tokens([AddedToken("2\n1+1=3", normalized=False)])
-    steps = equation_steps.EquationSteps(tokenizer).judge(tokenizer.encode("1+1=2\n1+1=3\n1+3=4"))
-    assert (steps.ends, steps.values) == ([4, 10], [0.0, 1.0])
+    tokenizer.add_tokens([AddedToken("2\n1+1=3\n", normalized=False)])
+    steps = judge(tokenizer, tokenizer.encode("1+1=2\n1+1=3\n1+3=4"))
+    assert (steps.ends, steps.values) == ([4, 9], [0.0, 1.0])
 
 
 def test_steps_with_the_tokenizer_of_smollm2(smollm2_tokenizer):
     lines = ["Énoncé: 14 + 9 = 23.", "", "23 − 21 = 2 😀\t", "2 + 2 = 5\n\n", "10 - 5 = 5"]
     text = "\n".join(lines) + "<|im_end|>"
     ids = smollm2_tokenizer.encode(text)
-    steps = equation_steps.EquationSteps(smollm2_tokenizer).judge(ids)
+    steps = judge(smollm2_tokenizer, ids)
     assert steps.values == [1.0, 1.0, 0.0, 1.0]
     for end, line in zip(steps.ends, [line for line in lines if line], strict=True):
-        assert line.rstrip() in smollm2_tokenizer.decode(ids[: end + 1])
-        assert line.rstrip() not in smollm2_tokenizer.decode(ids[:end])
+        assert smollm2_tokenizer.decode(ids[: end + 1]).rstrip().endswith(line.rstrip())
 
 
 # --- The outcome source ----------------------------------------------------------------------------------------------

@@ -162,9 +162,7 @@ def _as_trl_takes_it(value: Any) -> Any:
 
 def _parse_tokens(values: list[Any], length: int, where: str) -> StepRewards | None:
     if len(values) == 2 and all(isinstance(part, list) for part in values):
-        raise TypeError(
-            f"{where}: got a pair of lists; for rewards of steps return StepRewards(ends, values)."
-        )
+        raise TypeError(f"{where}: got a pair of lists; for rewards of steps return StepRewards(ends, values).")
     if len(values) != length:
         hint = " For one reward of the whole completion return the number itself." if len(values) == 1 else ""
         raise ValueError(f"{where}: {len(values)} token rewards for a completion of {length} tokens.{hint}")
