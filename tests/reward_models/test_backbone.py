@@ -1,5 +1,6 @@
 """One backbone under several reward models: loaded once, run once where inputs are the same, moved, quantised."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -132,6 +133,19 @@ def test_readings_of_the_vocabulary_run_the_backbone_once(causal, reference):
     assert_same(found[0], by_itself(causal, PAIR))
     assert_same(found[1], by_itself(causal, RATIO, log_ratio_model=reference))
     assert_same(found[2], by_itself(causal, OTHER_PAIR))
+
+
+def test_a_second_log_ratio_shares_the_second_model_too_unless_it_names_another(causal, reference):
+    first = load(causal, RATIO, log_ratio_model=reference)
+    double = dataclasses.replace(RATIO, name="double", reading=LogRatio(beta=2.0))
+    second = load(causal, double, weights_of=first)
+    assert second.scorer.log_ratio_model is first.scorer.log_ratio_model
+    ratios = first.score_steps(PROBLEMS, STEPS)
+    assert_same(second.score_steps(PROBLEMS, STEPS), [[2 * value for value in values] for values in ratios])
+    itself = load(causal, double, weights_of=first, log_ratio_model=causal)
+    assert {value for values in itself.score_steps(PROBLEMS, STEPS) for value in values} == {0.0}
+    with pytest.raises(ValueError, match="preset 'ratio' needs log-ratios: pass log_ratio_model="):
+        load(causal, RATIO)
 
 
 def test_shared_scores_are_of_the_same_inputs_and_used_once(two_heads):

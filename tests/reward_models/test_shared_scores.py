@@ -23,8 +23,9 @@ class Member:
         return [self.number + solution.ids[position] / 100 for position in solution.score_positions]
 
 
-def solution(ident, steps=1):
-    return Rendered([0, *[ident] * steps], 1, list(range(1, steps + 1)))
+def solution(ident, steps=1, end=1):
+    """The position of the last of the scores is `end`, of ids that tell where they are."""
+    return Rendered([0, *range(10 * ident, 10 * ident + 4)], 1, list(range(end + 1 - steps, end + 1)))
 
 
 class Backbone:
@@ -41,18 +42,18 @@ class Backbone:
         return self.shared.score(self.members[number], solutions, self.run)
 
     def run(self, solutions, members):
-        self.ran.append([one.ids[-1] for one in solutions])
+        self.ran.append([one.ids[1] // 10 for one in solutions])
         return [[member.score(one) for one in solutions] for member in members]
 
 
-CALLS = st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(1, 5), max_size=4)), max_size=12)
+SOLUTIONS = st.builds(solution, ident=st.integers(1, 3), steps=st.integers(0, 2), end=st.integers(2, 3))
+CALLS = st.lists(st.tuples(st.integers(0, 3), st.lists(SOLUTIONS, max_size=4)), max_size=12)
 
 
 @given(keys=st.lists(st.integers(0, 1), min_size=4, max_size=4), calls=CALLS)
 def test_in_every_order_of_calls_the_scores_are_ones_own(keys, calls):
     backbone = Backbone(keys)
-    for number, idents in calls:
-        solutions = [solution(ident, steps=ident % 3) for ident in idents]
+    for number, solutions in calls:
         expected = [backbone.members[number].score(one) for one in solutions]
         assert backbone.score(number, solutions) == expected
 
