@@ -115,10 +115,17 @@ def functions(path):
     return [n for n in ast.walk(tree(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
+def code_lines(function):
+    """Lines of a function without those of its docstring, where the formulas stand."""
+    docstring = function.body[0] if ast.get_docstring(function) else None
+    documented = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+    return function.end_lineno - function.lineno + 1 - documented
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_no_function_is_longer_than_75_lines(module):
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(MODULES[module])}
-    assert {name: length for name, length in lengths.items() if length > 75} == {}
+def test_no_function_has_more_than_60_lines_of_code(module):
+    lengths = {node.name: code_lines(node) for node in functions(MODULES[module])}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "_trl.py"])

@@ -54,7 +54,9 @@ LOSSES = {
     "position": Case({"advantage_estimator": "position", "loss_type": "dapo"}),
     "pooled": Case({"advantage_estimator": "pooled", "loss_type": "grpo", "kl_reduction": "token_mean"}),
     "step": Case({"advantage_estimator": "step", "loss_type": "dr_grpo", "gamma_unit": "step"}),
-    "min": Case({"advantage_estimator": "min", "loss_type": "dapo", "kl_reduction": "token_mean", "gamma": [0.9, 1.0]}),
+    "min": Case(
+        {"advantage_estimator": "min", "loss_type": "dapo", "kl_reduction": "token_mean", "gamma": [0.9, 1.0]}
+    ),
     "normalize_then_sum": Case(
         {
             "advantage_estimator": "position",

@@ -69,7 +69,8 @@ def align_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Alig
 
 
 def _align_windows(decode: Callable[[list[int]], str], ids: list[int]) -> AlignedText:
-    pieces, token_ends = [], []
+    pieces = []
+    token_ends: list[int] = []
     reached = context = start = 0
     while start < len(ids):
         known = len(decode(ids[context:start])) if start else 0
@@ -91,7 +92,8 @@ def _align_windows(decode: Callable[[list[int]], str], ids: list[int]) -> Aligne
 
 def _ends(prefixes: list[str]) -> list[int]:
     """Where each of the growing decoded prefixes ends in the last one."""
-    ends, reached = [], 0
+    ends: list[int] = []
+    reached = 0
     text = prefixes[-1] if prefixes else ""
     for prefix, following in pairwise(prefixes):
         end = len(prefix) if text.startswith(prefix) else len(os.path.commonprefix([prefix, text]))

@@ -81,10 +81,12 @@ class Segmentation:
     def __post_init__(self):
         if isinstance(self.by, str) and self.by != _TOKENS:
             _separator(self.by)
-        for field in ("window", "min_step_tokens", "max_steps"):
-            value = vars(self)[field]
-            if not (field == "max_steps" and value is None) and value < 1:
-                raise ValueError(f"Segmentation: {field} is {value}; it must be at least 1.")
+        numbers = {"window": self.window, "min_step_tokens": self.min_step_tokens}
+        if self.max_steps is not None:
+            numbers["max_steps"] = self.max_steps
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"Segmentation: {name} is {value}; it must be at least 1.")
 
 
 def _separator(by: str) -> re.Pattern[str]:
@@ -100,7 +102,8 @@ def _separator(by: str) -> re.Pattern[str]:
 
 
 def _fenced_code(text: str) -> list[Span]:
-    spans, opening = [], None
+    spans = []
+    opening = None
     for line in _FENCE.finditer(text):
         fence, rest = line.groups()
         if opening is None:
@@ -140,7 +143,9 @@ def _protected(text: str) -> list[Span]:
 
 def _outside(cuts: Iterable[int], protected: Sequence[Span]) -> list[int]:
     """The cuts, in increasing order, that are not within a span."""
-    outside, position, covered = [], 0, 0
+    outside = []
+    position = 0
+    covered = 0
     for cut in cuts:
         while position < len(protected) and protected[position].start < cut:
             covered = max(covered, protected[position].end)
@@ -218,7 +223,8 @@ def segment(aligned: AlignedText, segmentation: Segmentation) -> list[Step]:
     else:
         spans = split_text(text, segmentation.by)
     char_ends = {end_token(token_ends, span.end): span.end for span in spans}
-    kept, previous = [], -1
+    kept = []
+    previous = -1
     for end in char_ends:
         if end - previous >= segmentation.min_step_tokens:
             kept.append(end)

@@ -27,7 +27,9 @@ _By = str | Segmentation | Callable[[str], Sequence[int]]
 
 
 @overload
-def step_reward(function: _Judge, /) -> "StepRewardFunction": ...
+def step_reward(
+    function: _Judge, /, *, by: _By = ..., name: str | None = ..., reduce: str | None = ...
+) -> "StepRewardFunction": ...
 @overload
 def step_reward(
     *, by: _By = ..., name: str | None = ..., reduce: str | None = ...
@@ -41,25 +43,29 @@ def step_reward(
     reduce: str | None = None,
 ) -> Any:
     """
-    Make a reward function of a function that judges the steps of one completion.
+    Make a reward function of a function that judges the texts of a completion's steps.
 
-    The policy's tokens are cut into steps; the function gets the steps' texts, and its rewards are placed on the
-    policy's tokens. With `steps[k]` the text of step k, and `end_k` the index into `completion_ids` of the token that
-    holds the last character of `steps[k]`, the completion earns
+    With `steps[k]` the text of step k, and `ends[k]` the index into `completion_ids` of the token with the last
+    character of step k, a completion earns
 
-        StepRewards(ends=[end_0, end_1, ...], values=function(problem, steps, ...))
+        StepRewards(ends, values=function(problem=problem, steps=steps, ...))
 
-    The function is called once for each completion that has steps. All its arguments are passed by name:
+    The white space between two steps belongs to the first of them: it counts for `ends[k]` and is left out of
+    `steps[k]`. Tokens are never searched for: a separator may be part of any token, as in ".\\n\\n".
+
+    The function is called once for each completion that has steps. Its arguments are given by name:
 
     - `problem` (`str`): the prompt, or in a conversation what the user said last.
-    - `steps` (`list[str]`): the texts of the completion's steps, without surrounding white space.
-    - `prompt`, and each column of the dataset: the value in the completion's row. A column that is called `problem` or
-      `steps` is hidden by the two above.
-    - what else TRL passes to reward functions (`trainer_state`, `log_extra`, `log_metric`), as it is.
+    - `steps` (`list[str]`): the texts of the steps.
+    - `prompt` and every other column of the dataset: the value in the completion's row. A column that is called
+      `problem` or `steps` is not given.
+    - `trainer_state`, `log_extra` and `log_metric`, as TRL gives them to every reward function.
 
-    A function with `**columns` gets all of these, any other those that it names. It returns one number or `None` (not
-    scored) for each step, or `None` for the whole completion (not judged). An `async` function is awaited for all
-    completions at the same time; the first failure cancels the others.
+    A function with `**columns` gets all of them, any other function those that it names. It returns one number for
+    each step, `None` for a step that it does not score, or `None` in place of the list for a completion that it does
+    not judge.
+
+    An `async` function judges all completions of a batch at the same time. The first failure cancels the others.
 
     Args:
         function (`Callable`, *optional*):
@@ -71,14 +77,14 @@ def step_reward(
             Name in logs, errors and `outcome_gate`; by default that of the function.
         reduce (`str`, *optional*):
             How the rewards of the steps become one number under outcome supervision: `"sum"`, `"mean"`, `"min"`,
-            `"prod"` or `"last"`. By default the function's attribute `reduce`, and `"sum"` if it has none.
+            `"prod"` or `"last"`. By default the function's attribute `reduce`; without that, `"sum"`.
 
     Returns:
-        [`StepRewardFunction`]: for `reward_funcs` of [`GRPOExtTrainer`]. Elsewhere, set its `policy_tokenizer` to call
-        it.
+        [`StepRewardFunction`]: a reward function for [`GRPOExtTrainer`], which sets its attribute `policy_tokenizer`.
+        Set it yourself to call the reward function elsewhere.
 
     Raises:
-        TypeError: `function` cannot be called by name with `steps`, or is a class.
+        TypeError: `function` is a class, or has no parameter `steps` that can be given by name.
         ValueError: an unknown `by` or `reduce`.
 
     Example:
@@ -151,8 +157,8 @@ class StepRewardFunction:
 
     def __reduce__(self) -> Any:
         # Pickle stores a function as its name, and the name of a decorated function leads to this object instead
-        path = _import_path(self.function)
-        if path is not None and pkgutil.resolve_name(path) is self:
+        path = f"{self.function.__module__}:{self.function.__qualname__}" if inspect.isfunction(self.function) else ""
+        if _resolve(path) is self:
             return _restore, (path, {**self.__dict__, "function": None})
         return super().__reduce__()
 
@@ -185,15 +191,17 @@ class StepRewardFunction:
     def _to_judge(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], columns: dict[str, Any]
     ) -> list[_Completion]:
-        """All completions of a batch, before the first is judged: what is wrong with the batch costs no judgement."""
+        """All completions of a batch, before the first is judged: an error in the batch costs no judgement."""
         completions = []
-        for row, ids in enumerate(completion_ids):
+        for row, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True)):
             where = f"{self._where}, completion {row}"
             steps = policy_steps(self.policy_tokenizer, ids, self.segmentation, self._where)
             offered = {name: _value_of_row(value, row, len(prompts), where, name) for name, value in columns.items()}
-            offered["prompt"] = prompts[row]
-            offered["problem"] = last_user_text(prompts[row])
+            offered["prompt"] = prompt
             offered["steps"] = [step.text for step in steps]
+            # Not every prompt has one: the last message may hold an image
+            if self._parameters.take("problem"):
+                offered["problem"] = last_user_text(prompt)
             completions.append(_Completion(where, steps, _select(offered, self._parameters, self._where)))
         return completions
 
@@ -219,33 +227,42 @@ class AsyncStepRewardFunction(StepRewardFunction):
 # What the function takes
 
 
-def _named_parameters(function: _Judge, where: str) -> list[Parameter]:
-    """The parameters that can be given by name; `TypeError` if `steps` cannot be."""
-    parameters = [
-        parameter
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is not Parameter.VAR_POSITIONAL
-    ]
+class _Parameters(NamedTuple):
+    """Parameters of a function that can be given by name."""
+
+    names: list[str]
+    required: list[str]
+    has_kwargs: bool
+
+    def take(self, name: str) -> bool:
+        return self.has_kwargs or name in self.names
+
+
+def _named_parameters(function: _Judge, where: str) -> _Parameters:
+    parameters = inspect.signature(function).parameters.values()
     for parameter in parameters:
         if parameter.kind is Parameter.POSITIONAL_ONLY:
             raise TypeError(f"{where}: parameter {parameter.name!r} is positional-only; arguments are given by name.")
-    if not any(parameter.name == "steps" or parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+    named = [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+    found = _Parameters(
+        names=[parameter.name for parameter in named],
+        required=[parameter.name for parameter in named if parameter.default is Parameter.empty],
+        has_kwargs=any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters),
+    )
+    if not found.take("steps"):
         raise TypeError(f"{where} has no parameter `steps`; expected function(problem, steps, **columns).")
-    return parameters
+    return found
 
 
-def _select(offered: dict[str, Any], parameters: list[Parameter], where: str) -> dict[str, Any]:
+def _select(offered: dict[str, Any], parameters: _Parameters, where: str) -> dict[str, Any]:
     """What a function with these parameters takes of what is offered."""
-    for parameter in parameters:
-        required = parameter.default is Parameter.empty and parameter.kind is not Parameter.VAR_KEYWORD
-        if required and parameter.name not in offered:
+    for name in parameters.required:
+        if name not in offered:
             raise TypeError(
-                f"{where} has the parameter {parameter.name!r}, which is no column of the dataset; there are: "
-                f"{', '.join(sorted(offered))}."
+                f"{where} has a parameter {name!r}, which is no column of the dataset; a function may name: "
+                f"{', '.join(sorted({*offered, 'problem'}))}."
             )
-    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-        return offered
-    return {parameter.name: offered[parameter.name] for parameter in parameters if parameter.name in offered}
+    return {name: value for name, value in offered.items() if parameters.take(name)}
 
 
 def _value_of_row(value: Any, row: int, rows: int, where: str, name: str) -> Any:
@@ -307,11 +324,12 @@ def _copy_metadata(function: _Judge, target: StepRewardFunction) -> None:
     target.__dict__.pop("__wrapped__")
 
 
-def _import_path(function: _Judge) -> str | None:
-    """Module and name of a function that can be imported, as `pkgutil.resolve_name` takes them."""
-    if not inspect.isfunction(function) or "<" in function.__qualname__:
+def _resolve(path: str) -> Any:
+    """What lies at `module:name`, `None` if nothing does, as for a function in a function."""
+    try:
+        return pkgutil.resolve_name(path)
+    except (AttributeError, ImportError, ValueError):
         return None
-    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _restore(path: str, state: dict[str, Any]) -> StepRewardFunction:
