@@ -55,6 +55,8 @@ def training_settings(args: SumsArguments) -> dict[str, Any]:
         "report_to": "none",
         "dataloader_pin_memory": False,
         "gradient_checkpointing": False,
+        # All parameters are used; with several processes, DDP would search for unused ones and warn
+        "ddp_find_unused_parameters": False,
         "bf16": False,
         "use_cpu": not torch.accelerator.is_available(),
     }
