@@ -123,9 +123,9 @@ def code_lines(function):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_function_has_more_than_60_lines_of_code(module):
+def test_no_function_has_more_than_65_lines_of_code(module):
     lengths = {node.name: code_lines(node) for node in functions(MODULES[module])}
-    assert {name: length for name, length in lengths.items() if length > 60} == {}
+    assert {name: length for name, length in lengths.items() if length > 65} == {}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "_trl.py"])
