@@ -226,7 +226,7 @@ class ModelCardTrainer(CheckpointedTrainer):
         if self.is_world_process_zero():
             section = training_section(self.args, self.reward_func_names, self.reward_weights.tolist())
             with (Path(cast(str, self.args.output_dir)) / CARD_NAME).open("a", encoding="utf-8") as card:
-                card.write(f"\n{section}")
+                card.write(f"\n\n{section}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
