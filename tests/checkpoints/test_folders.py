@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints as transformers_rotate
@@ -83,41 +84,36 @@ def test_checkpoints_are_ordered_by_step(run):
 # Deleting
 
 
-@given(
-    # When each checkpoint was written, and what it is
-    st.lists(
-        st.tuples(st.integers(0, 30), st.sampled_from(["complete", "complete", "incomplete", "foreign"])),
-        min_size=1,
-        max_size=7,
-    ),
-    st.sampled_from([None, 0, 1, 2, 3, 5]),
-    st.integers(0, 7),
+# When each checkpoint was written, in units of two seconds, and what it is
+CHECKPOINTS = st.lists(
+    st.tuples(st.integers(0, 30), st.sampled_from(["complete", "complete", "incomplete", "foreign"])),
+    min_size=1,
+    max_size=7,
 )
-def test_rotation_is_transformers_where_incomplete_and_foreign_folders_are_unseen(
-    tmp_path_factory, kinds, limit, best
-):
-    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
-    newest = len(kinds) + 1
-    checkpoints = {step: (2 * time, kind) for step, (time, kind) in enumerate(kinds, 1)} | {newest: (100, "complete")}
-    for step, (time, kind) in checkpoints.items():
-        write(ours / f"checkpoint-{step}", kind, time)
-        if kind == "complete":
-            write(theirs / f"checkpoint-{step}", kind, time)
-    best_folder = checkpoints.get(best, (0, ""))[1] == "complete"
-    rotate_checkpoints(
-        ours, limit, ours / f"checkpoint-{newest}", ours / f"checkpoint-{best}" if best_folder else None
-    )
-    transformers_rotate(
-        str(theirs), limit, str(theirs / f"checkpoint-{best}") if best_folder else None, use_mtime=True
-    )
-    left = steps_of(ours)
-    assert [step for step in left if checkpoints[step][1] == "complete"] == steps_of(theirs)
-    assert {step for step in left if checkpoints[step][1] == "foreign"} == {
-        step for step, (_, kind) in checkpoints.items() if kind == "foreign"
-    }
-    # Every incomplete one is older than the newest
-    assert limit or left == sorted(checkpoints)
-    assert not limit or not any(checkpoints[step][1] == "incomplete" for step in left)
+
+
+@settings(deadline=None)
+@given(CHECKPOINTS, st.sampled_from([None, 0, 1, 2, 3, 5]), st.integers(0, 8))
+def test_rotation_is_transformers_where_incomplete_and_foreign_folders_are_unseen(checkpoints, limit, best):
+    newest = len(checkpoints) + 1
+    checkpoints = dict(enumerate([*checkpoints, (50, "complete")], 1))
+    best = best if checkpoints.get(best, (0, ""))[1] == "complete" else None
+    with TemporaryDirectory() as ours, TemporaryDirectory() as theirs:
+        for step, (time, kind) in checkpoints.items():
+            write(Path(ours, f"checkpoint-{step}"), kind, 2 * time)
+            if kind == "complete":
+                write(Path(theirs, f"checkpoint-{step}"), kind, 2 * time)
+        best_name = f"checkpoint-{best}"
+        rotate_checkpoints(
+            Path(ours), limit, Path(ours, f"checkpoint-{newest}"), Path(ours, best_name) if best else None
+        )
+        transformers_rotate(theirs, limit, str(Path(theirs, best_name)) if best else None, use_mtime=True)
+        left = steps_of(Path(ours))
+        expected = steps_of(Path(theirs))
+    foreign = [step for step, (_, kind) in checkpoints.items() if kind == "foreign"]
+    # All of them are older than the newest
+    incomplete = [step for step, (_, kind) in checkpoints.items() if kind == "incomplete" and not limit]
+    assert left == sorted([*expected, *foreign, *incomplete])
 
 
 def test_an_incomplete_checkpoint_that_is_younger_than_the_newest_complete_one_stays(tmp_path):

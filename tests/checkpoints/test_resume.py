@@ -1,5 +1,6 @@
 """A run that is resumed is the run that was not interrupted: weights, reference, prompts and everything logged."""
 
+import math
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from trl.trainer.utils import RepeatSampler
 
 from tests.checkpoints.runs import SETTINGS, STEPS, assert_same_run, make, seen, vowels
 from tests.support.adapters import LORA
+from tests.support.resume_worker import RecordingPrompts
 from tests.support.training import PROMPTS, make_trainer
 from trl_grpo_ext import GRPOExtTrainer
 from trl_grpo_ext.checkpoints.reference import REFERENCE_NAME
@@ -45,14 +47,6 @@ def test_resumed_in_the_same_trainer_and_from_a_path_it_is_the_same_run(tiny_mod
 # Prompts
 
 
-class RecordingPrompts(GRPOExtTrainer):
-    """Keeps the prompts of each generated batch."""
-
-    def _generate_and_score_completions(self, inputs):
-        self.prompts = [*vars(self).get("prompts", []), [example["prompt"] for example in inputs]]
-        return super()._generate_and_score_completions(inputs)
-
-
 ONE_UPDATE = {
     "beta": 0.0,
     "sync_ref_model": False,
@@ -69,21 +63,20 @@ ONE_UPDATE = {
 )
 def test_prompts_of_later_epochs_come_in_the_order_of_the_uninterrupted_run(tiny_model, tmp_path, options):
     """Two batches make an epoch; TRL shuffles each epoch anew."""
-    options = {**ONE_UPDATE, "max_steps": 8, "prompt_repeats": 1, **options}
-    whole = make("full", tiny_model, tmp_path, trainer_class=RecordingPrompts, steps_per_generation=1, **options)
+    options = {**ONE_UPDATE, "steps_per_generation": 1, "max_steps": 8, "prompt_repeats": 1, **options}
+    whole = make("full", tiny_model, tmp_path, trainer_class=RecordingPrompts, **options)
     whole.train()
-    batches_per_step = 1 / whole.num_iterations
     epochs = [whole.prompts[i] + whole.prompts[i + 1] for i in range(0, len(whole.prompts) - 1, 2)]
     assert (epochs[0] == epochs[1]) == ("shuffle_dataset" in options)
-    for step in (2, 4, 5):
-        resumed = make("full", tiny_model, tmp_path, trainer_class=RecordingPrompts, steps_per_generation=1, **options)
+    for step in (2, 5):
+        resumed = make("full", tiny_model, tmp_path, trainer_class=RecordingPrompts, **options, save_strategy="no")
         resumed.train(resume_from_checkpoint=tmp_path / f"checkpoint-{step}")
         # A batch whose updates are not done is in the checkpoint
-        first = -(-step * batches_per_step // 1)
+        first = math.ceil(step / whole.num_iterations)
         if "ignore_data_skip" in options:
             # From the epoch's beginning
             first -= first % 2
-        expected = whole.prompts[int(first) :]
+        expected = whole.prompts[first:]
         # A run that repeats a part of an epoch ends before the uninterrupted one does
         assert resumed.prompts == expected[: len(resumed.prompts)] and resumed.prompts
         assert "ignore_data_skip" in options or len(resumed.prompts) == len(expected)
