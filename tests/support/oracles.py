@@ -8,6 +8,8 @@ Spread is zero when fewer than two completions (or rewards) are compared, or whe
 than rounding, `max(1e-14, 2.4e-7 * max|x|)`; a normalised value is then 0.
 """
 
+import math
+
 import numpy as np
 
 
@@ -441,3 +443,26 @@ def seed_loss_gradient(
                 chosen[tokens_NT[i][t]] = 1.0
                 gradient[i, t] -= advantage * ratio / positions * (chosen - p)
     return gradient
+
+
+def divergence(logits_V, ref_logits_V, direction):
+    """
+    Value and gradient with respect to `logits_V` of one divergence between two softmaxes: `(value, gradient_V)`.
+
+    `"reverse"`: `sum_v p_v log(p_v / q_v)`, gradient `p_v (log(p_v / q_v) - value)`. `"forward"`:
+    `sum_v q_v log(q_v / p_v)`, gradient `p_v - q_v`. A term whose weight is 0 is 0.
+    """
+    with np.errstate(divide="ignore"):
+        logp = log_softmax(np.asarray(logits_V, dtype=np.float64)).tolist()
+        ref_logp = log_softmax(np.asarray(ref_logits_V, dtype=np.float64)).tolist()
+    value = 0.0
+    for log_p, log_q in zip(logp, ref_logp, strict=True):
+        weight, log_ratio = (log_p, log_p - log_q) if direction == "reverse" else (log_q, log_q - log_p)
+        value += math.exp(weight) * log_ratio if math.exp(weight) > 0 else 0.0
+    gradient = []
+    for log_p, log_q in zip(logp, ref_logp, strict=True):
+        if direction == "forward":
+            gradient.append(math.exp(log_p) - math.exp(log_q))
+        else:
+            gradient.append(math.exp(log_p) * (log_p - log_q - value) if math.exp(log_p) > 0 else 0.0)
+    return value, np.array(gradient)

@@ -1,108 +1,41 @@
-"""The fused head against the dense computation in float64, written out here with torch's own log-softmax."""
+"""The fused head against the dense computation in float64, written out in `problems` with torch's own log-softmax."""
 
 import math
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from tests.kl.fused.problems import (
+    SCALINGS,
+    LiveMemory,
+    Projections,
+    dense,
+    fused,
+    gradients,
+    predicting,
+    problem,
+    root_mean_square,
+    trained,
+    worst,
+)
 from trl_grpo_ext.kl.divergences import exact_divergence
-from trl_grpo_ext.kl.fused.plain import TokenStats
-from trl_grpo_ext.kl.fused.token_stats import fused_token_stats, fused_token_stats_for_loss
+from trl_grpo_ext.kl.fused.plain import plain_token_stats
+from trl_grpo_ext.kl.fused.token_stats import fused_token_stats
 
 
-def root_mean_square(actual, expected):
-    return (actual.double() - expected).square().mean().sqrt().item()
-
-
-SCALINGS = [
-    {},
-    {"temperature": 0.7, "logit_scale": 1.3},
-    {"temperature": 1.4, "logit_scale": 0.6, "softcap": 3.0},
-]
-
-
-def problem(n, width, vocabulary, *, ref_width=None, bias=True, dtype=torch.float32, seed=0):
-    """Hidden states, two different heads and targets; the reference is near enough for a KL of the order of 1."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    hidden, weight = normal(n, width), normal(vocabulary, width) * 2 / width**0.5
-    own_head = ref_width is None
-    return SimpleNamespace(
-        hidden=hidden.to(dtype),
-        weight=weight.to(dtype),
-        bias=normal(vocabulary).to(dtype) if bias else None,
-        targets=torch.randint(vocabulary, (n,), generator=generator),
-        ref_hidden=(hidden + 0.3 * normal(n, width) if own_head else normal(n, ref_width)).to(dtype),
-        ref_weight=None if own_head else (normal(vocabulary, ref_width) / ref_width**0.5).to(dtype),
-        ref_bias=normal(vocabulary).to(dtype) if bias and not own_head else None,
-        mix=normal(3, n),
-    )
-
-
-def fused(p, **options):
-    function = fused_token_stats_for_loss if "predicted_gradient" in options else fused_token_stats
-    return function(
-        p.hidden, p.weight, p.targets, p.ref_hidden, p.ref_weight, bias=p.bias, ref_bias=p.ref_bias, **options
-    )
-
-
-def dense(p, dtype=torch.float64, *, temperature=1.0, logit_scale=1.0, softcap=None):
-    """The figures and the leaves they are differentiated by; `dtype` is that of the product, the rest is wider."""
-
-    def log_softmax(hidden, weight, bias):
-        logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-        logits = logits.to(torch.promote_types(dtype, torch.float32)) * logit_scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits / temperature, -1)
-
-    def constant(x):
-        return None if x is None else x.detach().to(dtype)
-
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (p.hidden, p.weight, p.bias)]
-    head = leaves[1:] if p.ref_weight is None else (p.ref_weight, p.ref_bias)
-    logp = log_softmax(*leaves)
-    ref_logp = log_softmax(constant(p.ref_hidden), *(constant(x) for x in head))
-    at_target = torch.arange(len(p.targets)), p.targets
-    log_ratio = (logp - ref_logp).masked_fill(logp.exp() == 0, 0)
-    entropy = -(logp.exp() * logp.masked_fill(logp.exp() == 0, 0)).sum(-1)
-    return TokenStats(logp[at_target], entropy, (logp.exp() * log_ratio).sum(-1), ref_logp[at_target]), leaves
-
-
-def gradients(stats, p, leaves):
-    """Of a random mixture of logp, entropy and kl."""
-    loss = sum((m.to(x.dtype) * x).sum() for m, x in zip(p.mix, stats[:3], strict=True))
-    leaves = [x for x in leaves if x is not None]
-    return torch.autograd.grad(loss, leaves)
-
-
-def trained(p):
-    leaves = [p.hidden, p.weight, p.bias]
-    for x in leaves:
-        if x is not None:
-            x.requires_grad_()
-    return leaves
-
-
-def worst(actual, expected):
-    """Largest error, relative to the largest entry."""
-    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+DIRECTIONS = ["reverse", "forward"]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "temperature", "softcap"])
 @pytest.mark.parametrize("ref_width", [None, 24], ids=["shared head", "own head"])
-def test_equals_dense_float64_on_a_vocabulary_of_50000(scaling, ref_width):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_equals_dense_float64_on_a_vocabulary_of_50000(scaling, ref_width, direction):
     p = problem(7, 16, 50_000, ref_width=ref_width, bias=ref_width is not None)
-    expected, expected_leaves = dense(p, **scaling)
+    expected, expected_leaves = dense(p, **scaling, direction=direction)
     # Three tokens a chunk: the last chunk is shorter
     leaves = trained(p)
-    actual = fused(p, **scaling, logits_memory_bytes=3 * 6 * 50_000 * 4)
+    actual = fused(p, **scaling, direction=direction, logits_memory_bytes=3 * 6 * 50_000 * 4)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=0)
     for x, y in zip(gradients(actual, p, leaves), gradients(expected, p, expected_leaves), strict=True):
@@ -113,32 +46,59 @@ def test_equals_dense_float64_on_a_vocabulary_of_50000(scaling, ref_width):
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "temperature", "softcap"])
 @pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("ref_width", [None, 2], ids=["shared head", "own head"])
-def test_gradcheck(scaling, rows, ref_width):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradcheck(scaling, rows, ref_width, direction):
     p = problem(5, 3, 7, ref_width=ref_width, dtype=torch.float64)
     ref_weight, ref_bias = (p.weight.clone(), p.bias.clone()) if ref_width is None else (p.ref_weight, p.ref_bias)
 
     def stats(hidden, weight, bias):
         memory = rows * 6 * 7 * 8
         arguments = (hidden, weight, p.targets, p.ref_hidden, ref_weight)
-        return fused_token_stats(*arguments, bias=bias, ref_bias=ref_bias, logits_memory_bytes=memory, **scaling)[:3]
+        options = {"bias": bias, "ref_bias": ref_bias, "direction": direction, **scaling}
+        return fused_token_stats(*arguments, **options, logits_memory_bytes=memory)[:3]
 
     assert torch.autograd.gradcheck(stats, trained(p), eps=1e-6, atol=1e-8, rtol=1e-6)
     p.weight.requires_grad_(False), p.bias.requires_grad_(False)
     assert torch.autograd.gradcheck(lambda h: stats(h, p.weight, p.bias), p.hidden, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
-def test_reduces_to_the_dense_exact_kl():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_reduces_to_the_dense_exact_divergence(direction):
     p = problem(4, 8, 30, ref_width=5, dtype=torch.float64)
-    logits, ref_logits = p.hidden @ p.weight.T + p.bias, p.ref_hidden @ p.ref_weight.T + p.ref_bias
-    torch.testing.assert_close(fused(p).kl, exact_divergence(logits, ref_logits), rtol=1e-12, atol=0)
+    logits = p.hidden @ p.weight.T + p.bias
+    ref_logits = p.ref_hidden @ p.ref_weight.T + p.ref_bias
+    expected = exact_divergence(logits, ref_logits, direction)
+    torch.testing.assert_close(fused(p, direction=direction).kl, expected, rtol=1e-12, atol=0)
 
 
-def test_the_kl_is_policy_against_reference():
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "temperature", "softcap"])
+@pytest.mark.parametrize("ref_width", [None, 5], ids=["shared head", "own head"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_reduces_to_the_plain_version(scaling, ref_width, direction):
+    p = problem(9, 8, 30, ref_width=ref_width, dtype=torch.float64)
+    options = {"bias": p.bias, "ref_bias": p.ref_bias, "direction": direction, **scaling}
+    leaves = trained(p)
+    plain = plain_token_stats(p.hidden, p.weight, p.targets, p.ref_hidden, p.ref_weight, **options)
+    actual = fused(p, direction=direction, **scaling, logits_memory_bytes=2 * 9 * 30 * 8)
+    expected, expected_leaves = dense(p, **scaling, direction=direction)
+    expected_gradients = gradients(expected, p, expected_leaves)
+    for stats in (plain, actual):
+        for x, y in zip(stats, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13)
+        for x, y in zip(gradients(stats, p, leaves), expected_gradients, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+        assert not stats.ref_logp.requires_grad
+
+
+def test_the_reverse_kl_is_policy_against_reference_and_the_forward_kl_the_other_way_round():
     # Heads of two tokens: the policy is (0.9, 0.1), the reference (0.5, 0.5)
-    one, flat = torch.ones(1, 1), torch.zeros(2, 1)
+    one = torch.ones(1, 1)
+    flat = torch.zeros(2, 1)
     head = torch.tensor([[math.log(9.0)], [0.0]])
-    kl = fused_token_stats(one, head, torch.tensor([0]), one, flat).kl
-    assert kl.item() == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-6)
+    reverse = fused_token_stats(one, head, torch.tensor([0]), one, flat).kl
+    assert reverse.item() == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-6)
+    forward = fused_token_stats(one, head, torch.tensor([0]), one, flat, direction="forward").kl
+    assert forward.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-6)
 
 
 def test_the_reference_gets_no_gradient_nor_does_a_frozen_head():
@@ -159,17 +119,6 @@ def test_the_reference_gets_no_gradient_nor_does_a_frozen_head():
     torch.testing.assert_close(torch.autograd.grad(fused(p).kl.sum(), p.weight)[0], expected_gradient)
 
 
-class Projections(TorchDispatchMode):
-    """Counts matrix products: those that make logits, and those of the gradients."""
-
-    logits = gradients = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.logits += func is torch.ops.aten.mm.out
-        self.gradients += func is torch.ops.aten.addmm_.default
-        return func(*args, **(kwargs or {}))
-
-
 def test_each_output_alone_has_its_gradient_and_only_the_kl_needs_the_reference_for_it():
     p = problem(5, 4, 13, ref_width=3, dtype=torch.float64)
     leaves = trained(p)
@@ -184,79 +133,12 @@ def test_each_output_alone_has_its_gradient_and_only_the_kl_needs_the_reference_
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
-def expecting(p, factor=1.0, wrong=()):
-    """The gradients of [`gradients`]' loss as expected, up to a factor, with some tokens' wrong, and no entropy."""
-
-    def expected(logp, rows):
-        g_logp, g_kl = (factor * p.mix[k, rows].to(logp.dtype) for k in (0, 2))
-        for token in wrong:
-            if rows.start <= token < rows.stop:
-                g_logp[token - rows.start] += 0.5
-        return g_logp, g_kl
-
-    p.mix[1] = 0
-    return expected
-
-
-@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "temperature", "softcap"])
-@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("factor", [1.0, 64.0])
-def test_an_expected_loss_needs_no_product_in_the_backward(scaling, train_head, factor):
-    p = problem(11, 6, 50, ref_width=6, dtype=torch.float64)
-    leaves = trained(p) if train_head else [p.hidden.requires_grad_()]
-    expected, expected_leaves = dense(p, **scaling)
-    with Projections() as forward:
-        stats = fused(p, **scaling, predicted_gradient=expecting(p, factor), logits_memory_bytes=4 * 9 * 50 * 8)
-    chunks = forward.logits // 2
-    assert chunks > 1 and forward.gradients == (2 if train_head else 1) * chunks
-    with Projections() as backward:
-        found = gradients(stats, p, leaves)
-    assert backward.logits == backward.gradients == 0
-    for x, y in zip(found, gradients(expected, p, expected_leaves), strict=False):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("case", ["two tokens", "all tokens", "no kl", "entropy", "nothing expected"])
-def test_what_was_not_expected_is_made_good(train_head, case):
-    p = problem(7, 6, 50, ref_width=6, dtype=torch.float64)
-    leaves = trained(p) if train_head else [p.hidden.requires_grad_()]
-    reference, expected_leaves = dense(p)
-    entropy = p.mix[1].clone()
-    expected = expecting(p, wrong={"two tokens": (1, 5), "all tokens": range(7)}.get(case, ()))
-    if case == "nothing expected":
-        expected = lambda logp, rows: (torch.zeros_like(logp),) * 2  # noqa: E731
-    stats = fused(p, predicted_gradient=expected, logits_memory_bytes=3 * 9 * 50 * 8)
-    if case == "no kl":
-        p.mix[2] = 0
-    if case == "entropy":
-        p.mix[1, 3:] = entropy[3:]
-    with Projections() as backward:
-        found = gradients(stats, p, leaves)
-    assert backward.logits > 0
-    for x, y in zip(found, gradients(reference, p, expected_leaves), strict=False):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_a_loss_that_is_not_finite_is_not_hidden_by_what_was_expected(bad, everywhere):
-    p = problem(7, 6, 50)
-    p.hidden.requires_grad_()
-    stats = fused(p, predicted_gradient=expecting(p))
-    p.mix[2, slice(None) if everywhere else 3] = bad
-    (gradient,) = gradients(stats, p, [p.hidden])
-    rows = range(7) if everywhere else [3]
-    assert not any(gradient[row].isfinite().all() for row in rows)
-
-
 def test_a_graph_can_be_gone_through_twice():
     p = problem(5, 4, 30)
-    for expected in (None, expecting(p)):
+    for predicted_gradient in (None, predicting(p)):
         leaves = trained(p)
-        loss = sum(
-            (m.float() * x).sum() for m, x in zip(p.mix, fused(p, predicted_gradient=expected)[:3], strict=True)
-        )
+        stats = fused(p, predicted_gradient=predicted_gradient)
+        loss = sum((m.float() * x).sum() for m, x in zip(p.mix, stats[:3], strict=True))
         first = torch.autograd.grad(loss, leaves, retain_graph=True)
         kept = [x.clone() for x in first]
         for x, y, z in zip(first, kept, torch.autograd.grad(loss, leaves), strict=True):
@@ -265,18 +147,18 @@ def test_a_graph_can_be_gone_through_twice():
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 inputs", "autocast"])
-def test_bf16_is_no_worse_than_the_dense_version(autocast):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_bf16_is_no_worse_than_the_dense_version(autocast, direction):
     p = problem(256, 16, 60, ref_width=12, dtype=torch.float32 if autocast else torch.bfloat16)
     rounded = SimpleNamespace(**vars(p))
     for name in ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias"):
         setattr(rounded, name, getattr(p, name).to(torch.bfloat16))
-    truth, truth_leaves = dense(rounded)
-    naive, naive_leaves = dense(rounded, torch.bfloat16)
+    truth, truth_leaves = dense(rounded, direction=direction)
+    naive, naive_leaves = dense(rounded, torch.bfloat16, direction=direction)
     leaves = trained(p)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours = fused(
-            p, logits_memory_bytes=6 * 60 * 4
-        )  # a token a chunk: rounding each of the 256 products would show
+        # A token a chunk: rounding each of the 256 products would show
+        ours = fused(p, direction=direction, logits_memory_bytes=6 * 60 * 4)
     assert all(x.dtype == torch.float32 for x in ours)
     for a, b, c in zip(ours, naive, truth, strict=True):
         assert root_mean_square(a, c) <= 1.1 * root_mean_square(b, c)
@@ -286,7 +168,7 @@ def test_bf16_is_no_worse_than_the_dense_version(autocast):
         assert root_mean_square(a, c) <= 1.1 * root_mean_square(b, c)
 
 
-@pytest.mark.parametrize("head", ["frozen", "trained", "expected"])
+@pytest.mark.parametrize("head", ["frozen", "trained", "predicted"])
 def test_the_gradient_of_tokens_that_are_all_but_certain_is_no_worse_in_bf16(head):
     p = problem(64, 32, 60, bias=False, dtype=torch.bfloat16)
     p.weight = 10 * p.weight
@@ -297,7 +179,7 @@ def test_the_gradient_of_tokens_that_are_all_but_certain_is_no_worse_in_bf16(hea
     assert truth.logp.exp().median() > 0.95
     naive, naive_leaves = dense(rounded, torch.bfloat16)
     leaves = [p.hidden.requires_grad_(), *([p.weight.requires_grad_()] if head == "trained" else [])]
-    ours = fused(p, **({"predicted_gradient": expecting(p)} if head == "expected" else {}))
+    ours = fused(p, **({"predicted_gradient": predicting(p)} if head == "predicted" else {}))
     results = [gradients(x, p, y)[0] for x, y in ((ours, leaves), (naive, naive_leaves), (truth, truth_leaves))]
     assert root_mean_square(results[0], results[2]) <= 1.2 * root_mean_square(results[1], results[2])
 
@@ -310,46 +192,18 @@ def test_small_gradients_survive_fp16_when_the_loss_is_scaled(train_head):
     expected, expected_leaves = dense(p)
     leaves = [p.hidden.requires_grad_(), *([p.weight.requires_grad_()] if train_head else [])]
     with torch.autocast("cpu", torch.float16):
-        stats = fused(p, predicted_gradient=expecting(p))
+        stats = fused(p, predicted_gradient=predicting(p))
     p.mix *= 2**16
     found = gradients(stats, p, leaves)
     for x, y in zip(found, gradients(expected, p, expected_leaves), strict=False):
         assert worst(x, y) < 1e-2
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_expected_may_be_anything(bad):
-    p = problem(7, 6, 50)
-    leaves, (reference, expected_leaves) = trained(p), dense(p)
-    right = expecting(p)
-
-    def expected(logp, rows):
-        return [g.clone().index_fill_(0, torch.tensor([0]), bad) for g in right(logp, rows)]
-
-    found = gradients(fused(p, predicted_gradient=expected, logits_memory_bytes=3 * 9 * 50 * 4), p, leaves)
-    for x, y in zip(found, gradients(reference, p, expected_leaves), strict=True):
-        assert worst(x, y) < 1e-5
-
-
-@pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
-def test_a_gradient_that_is_small_beside_the_tokens_other_one_is_compared_by_itself(relative):
-    p = problem(7, 6, 50)
-    # Equal policies: the KL has a large weight and no gradient
-    p.ref_hidden = p.hidden.clone()
-    p.mix[0] *= 1e-5
-    leaves = trained(p)
-    stats = fused(p, predicted_gradient=expecting(p))
-    p.mix[0] *= 1 + relative
-    truth, truth_leaves = dense(p)
-    for x, y in zip(gradients(stats, p, leaves), gradients(truth, p, truth_leaves), strict=True):
-        assert worst(x, y) < 1e-5
-
-
 def test_in_evaluation_no_gradient_is_prepared():
     p = problem(8, 6, 5000, bias=False)
     trained(p)
     with torch.no_grad(), Projections() as forward:
-        fused(p, predicted_gradient=expecting(p))
+        fused(p, predicted_gradient=predicting(p))
     assert forward.gradients == 0 and forward.logits > 0
 
 
@@ -359,7 +213,8 @@ def test_bf16_products_are_summed_over_the_chunks_without_rounding_each():
         setattr(p, name, getattr(p, name).round().clamp(-2, 2))
     leaves = trained(p)
     with torch.autocast("cpu", torch.bfloat16):
-        one_chunk, chunks = fused(p), fused(p, logits_memory_bytes=6 * 30 * 4)
+        one_chunk = fused(p)
+        chunks = fused(p, logits_memory_bytes=6 * 30 * 4)
     for x, y in zip(gradients(chunks, p, leaves), gradients(one_chunk, p, leaves), strict=True):
         assert worst(x, y.double()) < 1e-5
 
@@ -406,17 +261,20 @@ def test_equals_the_log_probs_entropy_and_reverse_kl_of_trl(scaling):
 
 
 @pytest.mark.parametrize("excluded", [-1e4, -math.inf])
-def test_extreme_logits(excluded):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_extreme_logits(excluded, direction):
     p = problem(4, 3, 12, ref_width=3)
-    p.targets = torch.tensor([0, 3, 7, 9])  # the policy excludes 4 and 5, the reference 5 and 6
-    p.bias[4:6] = excluded
-    p.ref_bias[5:7] = -1e4
-    if excluded == -math.inf:
-        p.ref_bias[5:7] = torch.tensor([-math.inf, -1e4])
-    expected, expected_leaves = dense(p)
+    # The policy excludes 4 and 5, the reference 5 and 6, but neither is infinitely far from the other
+    p.targets = torch.tensor([0, 3, 7, 9])
+    p.bias[4] = excluded if direction == "reverse" else -1e4
+    p.bias[5] = excluded
+    p.ref_bias[5] = excluded
+    p.ref_bias[6] = excluded if direction == "forward" else -1e4
+    expected, expected_leaves = dense(p, direction=direction)
     leaves = trained(p)
-    actual = fused(p)
-    assert actual.kl.min() > 10  # what the policy gives to token 6 costs about 1e4 times its probability
+    actual = fused(p, direction=direction)
+    # What one model gives to the token of -1e4 costs about 1e4 times its probability
+    assert actual.kl.min() > 10
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=0)
     # The dense gradient of a logit of -inf is NaN in torch only through the excluded entries, whose gradient is 0
@@ -425,86 +283,125 @@ def test_extreme_logits(excluded):
         assert worst(x, y) < 1e-5
 
 
-def test_a_shift_of_all_logits_changes_nothing():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_shift_of_all_logits_changes_nothing(direction):
     p = problem(5, 3, 12, ref_width=3)
     for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
         setattr(p, name, getattr(p, name).round())  # logits that are whole numbers are shifted without rounding
     results = []
     for shift in (0.0, 1e4):
-        p.bias, p.ref_bias = torch.full((12,), shift), torch.full((12,), -shift)
+        p.bias = torch.full((12,), shift)
+        p.ref_bias = torch.full((12,), -shift)
         leaves = trained(p)
-        stats = fused(p)
+        stats = fused(p, direction=direction)
         results.append((*stats, *gradients(stats, p, leaves)))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_a_reference_that_rules_out_what_the_policy_allows_is_infinitely_far():
+def test_a_reference_that_excludes_what_the_policy_allows_is_infinitely_far():
     p = problem(3, 3, 12, ref_width=3)
     p.ref_bias[6] = -math.inf
     assert fused(p).kl.tolist() == [math.inf] * 3
+    assert fused(p, direction="forward").kl.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained", "predicted", "predicted wrongly"])
+def test_a_policy_that_excludes_what_the_reference_allows_is_infinitely_far_forward_with_a_finite_gradient(head):
+    p = problem(3, 4, 12, ref_width=3, dtype=torch.float64)
+    p.targets = torch.tensor([0, 3, 7])
+    p.bias[6] = -math.inf
+    p.mix[:2] = 0
+    options = {}
+    if "predicted" in head:
+        options["predicted_gradient"] = predicting(p, wrong=(1, 2) if head == "predicted wrongly" else ())
+    p.hidden.requires_grad_()
+    p.weight.requires_grad_(head == "trained")
+    assert fused(p).kl.isfinite().all()
+    stats = fused(p, direction="forward", **options)
+    assert stats.kl.tolist() == [math.inf] * 3
+    leaves = [x for x in (p.hidden, p.weight) if x.requires_grad]
+    found = torch.autograd.grad((stats.logp * p.mix[0]).sum() + (stats.kl * p.mix[2]).sum(), leaves)
+    with torch.no_grad():
+        policy = torch.softmax(p.hidden @ p.weight.T + p.bias, -1)
+        reference = torch.softmax(p.ref_hidden @ p.ref_weight.T + p.ref_bias, -1)
+        logit_gradient = p.mix[2][:, None] * (policy - reference)
+        torch.testing.assert_close(found[0], logit_gradient @ p.weight, rtol=1e-10, atol=1e-12)
+        if head == "trained":
+            torch.testing.assert_close(found[1], logit_gradient.T @ p.hidden, rtol=1e-10, atol=1e-12)
+
+
+def test_probabilities_that_underflow_are_not_excluded():
+    """The policy's probability of token 6 is exp(-200), 0 in float32; the forward KL pays 200 nats for it, not inf."""
+    p = problem(3, 4, 12, ref_width=3)
+    p.hidden.requires_grad_()
+    p.bias[6] = -200.0
+    for bias in (p.bias, None):
+        if bias is None:
+            # The same without a bias, where nothing can be excluded
+            p.weight = torch.cat([p.weight, p.bias[:, None]], 1)
+            p.hidden = torch.cat([p.hidden.detach(), torch.ones(3, 1)], 1).requires_grad_()
+            p.bias = None
+        expected, expected_leaves = dense(p, direction="forward")
+        stats = fused(p, direction="forward")
+        assert expected.kl.min() > 1
+        torch.testing.assert_close(stats.kl.double(), expected.kl, rtol=1e-5, atol=0)
+        gradient = torch.autograd.grad(stats.kl.sum(), p.hidden)[0]
+        assert worst(gradient, torch.autograd.grad(expected.kl.sum(), expected_leaves[0])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_policies_have_a_kl_of_exactly_zero(dtype):
+@pytest.mark.parametrize("head", ["frozen", "trained", "predicted"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_equal_policies_have_a_kl_of_exactly_zero(dtype, head, direction):
     p = problem(13, 16, 500, dtype=dtype)
     p.ref_hidden = p.hidden.clone()
     p.hidden.requires_grad_()
-    for ref_weight, ref_bias in ((None, None), (p.weight.clone(), p.bias.clone())):
-        p.ref_weight, p.ref_bias = ref_weight, ref_bias
-        stats = fused(p, temperature=0.7, logits_memory_bytes=4 * 6 * 500 * 4)
+    p.weight.requires_grad_(head == "trained")
+    options = {"temperature": 0.7, "direction": direction, "logits_memory_bytes": 4 * 6 * 500 * 4}
+    if head == "predicted":
+        options["predicted_gradient"] = lambda logp, rows: (torch.zeros_like(logp), torch.ones_like(logp))
+    for ref_weight, ref_bias in ((None, None), (p.weight.detach().clone(), p.bias.clone())):
+        p.ref_weight = ref_weight
+        p.ref_bias = ref_bias
+        stats = fused(p, **options)
         assert torch.equal(stats.kl, torch.zeros(13))
         assert torch.equal(stats.logp, stats.ref_logp)
         assert torch.equal(torch.autograd.grad(stats.kl.sum(), p.hidden)[0], torch.zeros_like(p.hidden))
 
 
-def test_a_small_kl_is_not_drowned_by_rounding():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_small_kl_is_not_drowned_by_rounding(direction):
     # The reference's hidden states often come from another batch shape: equal up to rounding, and so must the KL be 0
     p = problem(64, 16, 5_000, bias=False)
     for size, largest in ((1e-3, 1e-4), (1e-7, 1e-11)):
         p.ref_hidden = p.hidden * (1 + size * torch.linspace(-1, 1, 16))
-        kl, expected = fused(p).kl, dense(p)[0][2]
+        kl = fused(p, direction=direction).kl
+        expected = dense(p, direction=direction)[0].kl
         assert kl.min() >= 0 and kl.max() < largest
         if size == 1e-3:
             torch.testing.assert_close(kl.double(), expected, rtol=5e-3, atol=0)
 
 
-def test_a_small_kl_still_pulls_in_the_right_direction():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_small_kl_still_pulls_the_right_way(direction):
     p = problem(16, 16, 5_000, bias=False)
     p.ref_hidden = p.hidden * (1 + 1e-4 * torch.linspace(-1, 1, 16))
-    expected, expected_leaves = dense(p)
+    expected, expected_leaves = dense(p, direction=direction)
     p.hidden.requires_grad_()
-    gradient = torch.autograd.grad(fused(p).kl.sum(), p.hidden)[0]
+    gradient = torch.autograd.grad(fused(p, direction=direction).kl.sum(), p.hidden)[0]
     assert worst(gradient, torch.autograd.grad(expected[2].sum(), expected_leaves[0])[0]) < 1e-2
 
 
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages made while it is active, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_iter(result):
-            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
-            if storage is not None and storage._cdata not in known and storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
-
-
 @pytest.mark.parametrize("scaling", [SCALINGS[0], SCALINGS[2]], ids=["plain", "softcap"])
-def test_memory_is_bounded_by_logits_memory_whatever_the_number_of_tokens(scaling):
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_memory_is_bounded_by_logits_memory_bytes_whatever_the_number_of_tokens(scaling, direction):
     peaks = []
     for n in (8, 64):
         p = problem(n, 4, 4_000, ref_width=3)
         p.hidden.requires_grad_()
         memory = 4 * 6 * 4_000 * 4  # four tokens a chunk
         with LiveMemory() as live:
-            stats = fused(p, **scaling, logits_memory_bytes=memory)
+            stats = fused(p, **scaling, direction=direction, logits_memory_bytes=memory)
             after_forward = sum(live.sizes.values())
             gradients(stats, p, [p.hidden])
         assert after_forward <= 100 * n + 1_000  # some figures per token, nothing V-wide
@@ -514,14 +411,15 @@ def test_memory_is_bounded_by_logits_memory_whatever_the_number_of_tokens(scalin
     assert peaks[1] - peaks[0] <= 64 * 300
 
 
-def test_results_do_not_depend_on_the_chunks():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_results_do_not_depend_on_the_chunks(direction):
     p = problem(11, 8, 50, ref_width=8, dtype=torch.float64)
     leaves = trained(p)
-    whole = fused(p)
-    whole_gradients = gradients(whole, p, leaves)
+    at_once = fused(p, direction=direction)
+    at_once_gradients = gradients(at_once, p, leaves)
     for rows in (1, 3, 10, 11):
-        stats = fused(p, logits_memory_bytes=rows * 6 * 50 * 8)
-        for x, y in zip((*stats, *gradients(stats, p, leaves)), (*whole, *whole_gradients), strict=True):
+        stats = fused(p, direction=direction, logits_memory_bytes=rows * 6 * 50 * 8)
+        for x, y in zip((*stats, *gradients(stats, p, leaves)), (*at_once, *at_once_gradients), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
 
