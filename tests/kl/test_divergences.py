@@ -73,7 +73,8 @@ def test_the_dense_form_is_computed_in_float32_and_survives_extreme_logits(direc
         assert actual[row].item() == pytest.approx(value, rel=1e-6)
         np.testing.assert_allclose(gradient[row].numpy(), expected, rtol=1e-5, atol=1e-7)
     for dtype in (torch.bfloat16, torch.float16):
-        low, ref_low = logits.detach().to(dtype), ref_logits.detach().to(dtype)
+        low = logits.detach().to(dtype)
+        ref_low = ref_logits.detach().to(dtype)
         rounded = exact_divergence(low, ref_low, direction)
         assert rounded.dtype == torch.float32
         torch.testing.assert_close(rounded, exact_divergence(low.double(), ref_low.double(), direction).float())

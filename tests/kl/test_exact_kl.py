@@ -43,7 +43,8 @@ from tests.support.training import (
 from trl_grpo_ext import GRPOExtTrainer
 
 
-BETA, TEMPERATURE = 0.5, 0.7
+BETA = 0.5
+TEMPERATURE = 0.7
 LENGTHS = [3, 7, 5, 2, 6, 6, 1, 4]
 
 
@@ -154,7 +155,8 @@ def case(request, model_folder, saved_adapter) -> Case:
     if name not in ADAPTERS:
         folder = model_folder(name)
         return Case(folder, {}, lambda: base_model(folder, torch.float64))
-    folder, options = model_folder("llama"), ADAPTERS[name]
+    folder = model_folder("llama")
+    options = ADAPTERS[name]
     if name.startswith("fresh"):
         return Case(
             folder,
@@ -180,11 +182,15 @@ def at_weights(model: Any, weights: dict[str, torch.Tensor]) -> Any:
     return model
 
 
-def dense_kl(policy: Any, reference: Any, rows: FixedCompletions, row: int) -> torch.Tensor:
-    """`sum_v p_v (log p_v - log q_v)` at each token of one completion."""
+def dense_kl(
+    policy: Any, reference: Any, rows: FixedCompletions, row: int, direction: str = "reverse"
+) -> torch.Tensor:
+    """`sum_v p_v (log p_v - log q_v)` at each token of one completion; "forward": `sum_v q_v (log q_v - log p_v)`."""
     logp = dense_logits(policy, rows, row, TEMPERATURE).log_softmax(-1)
     with torch.no_grad():
         ref_logp = dense_logits(reference, rows, row, TEMPERATURE).log_softmax(-1)
+    if direction == "forward":
+        return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
@@ -194,9 +200,10 @@ def dense_logps(model: Any, rows: FixedCompletions, row: int, temperature: float
     return logps.gather(1, torch.tensor(rows.completion_ids[row])[:, None])[:, 0]
 
 
-def mean_dense_kl(policy: Any, reference: Any, rows: FixedCompletions) -> torch.Tensor:
+def mean_dense_kl(policy: Any, reference: Any, rows: FixedCompletions, direction: str = "reverse") -> torch.Tensor:
     """Mean over all tokens, as `loss_type="dapo"` reduces it."""
-    return torch.cat([dense_kl(policy, reference, rows, row) for row in range(len(rows.completion_ids))]).mean()
+    kl_rows = [dense_kl(policy, reference, rows, row, direction) for row in range(len(rows.completion_ids))]
+    return torch.cat(kl_rows).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +217,8 @@ def test_equals_the_dense_kl_in_value_and_gradient(case, tmp_path):
     Four steps on two generated batches, each used twice. In the second one all completions get the same reward, so
     that the whole gradient is the KL's. Steps 2 and 4 are off policy: no ratio may multiply the KL.
     """
-    rows, recorder = fixed_completions(LENGTHS), Recorder()
+    rows = fixed_completions(LENGTHS)
+    recorder = Recorder()
 
     def rewards(row, trainer_state, **kwargs):
         return row_rewards(row) if trainer_state.global_step < 2 else same_rewards(row)
@@ -267,6 +275,32 @@ def one_step(trainer_class, model, tmp_path, rows=None, reward=same_rewards, **c
     return trainer.state.log_history[0], recorder.gradients[0]
 
 
+@pytest.mark.parametrize("supervised", [False, True], ids=["kl alone", "with rewards"])
+def test_the_forward_kl_equals_the_dense_one_in_value_and_gradient(tiny_model, tmp_path, supervised):
+    options = {"kl_estimator": "exact", "loss_type": "dapo", "reward": row_rewards if supervised else same_rewards}
+    reverse_log, reverse_gradients = one_step(GRPOExtTrainer, moved_policy(tiny_model), tmp_path, **options)
+    log, found = one_step(GRPOExtTrainer, moved_policy(tiny_model), tmp_path, kl_direction="forward", **options)
+    policy = moved_policy(tiny_model).double()
+    reference = base_model(tiny_model, torch.float64)
+    rows = fixed_completions(LENGTHS)
+    forward = mean_dense_kl(policy, reference, rows, "forward")
+    reverse = mean_dense_kl(policy, reference, rows)
+    assert log["kl"] == pytest.approx(forward.item(), rel=1e-5)
+    assert log["kl_loss"] == pytest.approx(BETA * forward.item(), rel=1e-5)
+    assert log["kl/second_pass_share"] == 0
+    # The two directions differ by their KL terms only
+    assert forward.item() != pytest.approx(reverse.item(), rel=1e-2)
+    assert log["kl/k1"] == reverse_log["kl/k1"]
+    assert log["policy_loss"] == reverse_log["policy_loss"]
+    (BETA * (forward - reverse)).backward()
+    difference = {name: found[name].double() - reverse_gradients[name].double() for name in found}
+    assert_same_gradients(difference, gradients(policy), 1e-3)
+    if not supervised:
+        policy.zero_grad()
+        (BETA * mean_dense_kl(policy, reference, rows, "forward")).backward()
+        assert_same_gradients(found, gradients(policy), 1e-4)
+
+
 def test_evaluation_logs_the_same_kl(tiny_model, tmp_path):
     """The mean over the micro-batches of an evaluation, which is not accumulated."""
     log, _ = one_step(GRPOExtTrainer, moved_policy(tiny_model), tmp_path, kl_estimator="exact", loss_type="dapo")
@@ -313,7 +347,8 @@ def test_is_taken_over_the_loss_tokens_only(tiny_model, tmp_path):
         mask_truncated_completions=True,
     )
 
-    policy, reference = moved_policy(tiny_model).double(), base_model(tiny_model, torch.float64)
+    policy = moved_policy(tiny_model).double()
+    reference = base_model(tiny_model, torch.float64)
     masks = rows.masks()
     masks[2] = [0] * lengths[2]
     kl_rows = [dense_kl(policy, reference, rows, row) for row in range(len(lengths))]
@@ -444,7 +479,9 @@ def test_estimates_take_the_ratio_off_policy(tiny_model, tmp_path, estimator, co
     batch["advantages"] = torch.zeros_like(batch["advantages"])
     loss, found = loss_and_gradients(trainer, batch)
 
-    rows, policy, values = fixed_completions(LENGTHS), moved_policy(tiny_model).double(), []
+    rows = fixed_completions(LENGTHS)
+    policy = moved_policy(tiny_model).double()
+    values = []
     for row, ids in enumerate(rows.completion_ids):
         logp = dense_logps(policy, rows, row, 1.0)
         log_ratio = logp - batch["old_per_token_logps"][row, : len(ids)].double()
@@ -465,7 +502,8 @@ def test_sequence_token_reduces_to_sequence_in_value(tiny_model, tmp_path):
         settings = {"importance_sampling_level": level, "loss_type": "grpo"}
         return loss_and_gradients(*off_policy_trainer(trainer_class, tiny_model, tmp_path, **settings))[0]
 
-    loss, trl_loss = loss_at(GRPOExtTrainer, "sequence_token"), loss_at(GRPOTrainer, "sequence")
+    loss = loss_at(GRPOExtTrainer, "sequence_token")
+    trl_loss = loss_at(GRPOTrainer, "sequence")
     token_loss = loss_at(GRPOTrainer, "token")
     assert loss == pytest.approx(trl_loss, rel=1e-5)
     assert loss != pytest.approx(token_loss, rel=1e-2)
@@ -479,8 +517,10 @@ def test_sequence_token_has_the_gradient_of_each_token(tiny_model, tmp_path):
     batch["advantages"] = torch.randn(batch["old_per_token_logps"].shape, generator=generator)
     loss, found = loss_and_gradients(trainer, batch)
 
-    rows, policy = fixed_completions(LENGTHS), base_model(tiny_model, torch.float64)
-    losses, clipped = [], 0
+    rows = fixed_completions(LENGTHS)
+    policy = base_model(tiny_model, torch.float64)
+    losses = []
+    clipped = 0
     for row, ids in enumerate(rows.completion_ids):
         logp = dense_logps(policy, rows, row, trainer.args.temperature)
         log_ratio = logp.detach() - batch["old_per_token_logps"][row, : len(ids)].double()

@@ -1,1 +1,9 @@
-"""The KL of the policy against the reference: estimates, the exact sum, and the reference itself."""
+"""
+The KL of policy and reference.
+
+- `estimates`: from the sampled token.
+- `divergences`: exact, over the whole vocabulary; one table, dense.
+- `fused`: the same from hidden states, without a tensor of all logits.
+- `model_forward`, `reference`, `cached_reference`: how the exact KL gets at both models' hidden states.
+- `trainer`: the KL in TRL's loss.
+"""

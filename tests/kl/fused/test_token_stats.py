@@ -245,7 +245,8 @@ def test_equals_the_log_probs_entropy_and_reverse_kl_of_trl(scaling):
 
     p = problem(9, 8, 300, ref_width=6)
     leaves = trained(p)
-    temperature, softcap = scaling.get("temperature", 1.0), scaling.get("softcap")
+    temperature = scaling.get("temperature", 1.0)
+    softcap = scaling.get("softcap")
     logit_scale = scaling.get("logit_scale", 1.0)
     logp, entropy, *_ = ChunkedLogProbFunction.apply(
         p.hidden, p.weight, p.bias, p.targets, temperature, 128, softcap, logit_scale, ("entropy",)
