@@ -68,13 +68,17 @@ def pretrained_adapter(folder, path, **loading):
 @pytest.mark.parametrize("name", CASES)
 def test_the_kl_starts_at_zero_and_only_the_adapter_moves(folders, tmp_path, name):
     case = dict(CASES[name])
-    folder, lora = folders[case.pop("tied", False)], LoraConfig(**{**LORA, **case.pop("lora", {})})
+    folder = folders[case.pop("tied", False)]
+    lora = LoraConfig(**{**LORA, **case.pop("lora", {})})
     loading = {"dtype": "bfloat16" if "bf16" in case else "float32"}
     if case.pop("nf4", False):
         loading["quantization_config"] = nf4()
-    model, options = folder, {"model_init_kwargs": loading}
+    model = folder
+    options = {"model_init_kwargs": loading}
     if case.pop("pretrained", False):
-        model, lora, options = pretrained_adapter(folder, tmp_path / "adapter", **loading), None, {}
+        model = pretrained_adapter(folder, tmp_path / "adapter", **loading)
+        lora = None
+        options = {}
     trainer = make_trainer(
         GRPOExtTrainer,
         model,

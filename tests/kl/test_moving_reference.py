@@ -30,7 +30,9 @@ class Watcher(TrainerCallback):
     """The adapter's two versions and the base weights after every step; the trainer's own callbacks come first."""
 
     def __init__(self):
-        self.policies, self.references, self.bases = [], [], []
+        self.policies = []
+        self.references = []
+        self.bases = []
 
     def on_step_end(self, args, state, control, model, **kwargs):
         weights = {name: value.detach().clone() for name, value in model.named_parameters(remove_duplicate=False)}
@@ -85,9 +87,11 @@ def test_after_a_copy_the_kl_is_zero_again_and_the_base_is_untouched(tiny_model,
 
 @pytest.mark.parametrize("continued", [False, True])
 def test_the_reference_is_the_mixture(tiny_model, tmp_path, continued):
-    model, adapter = tiny_model, ADAPTERS["lora"]
+    model = tiny_model
+    adapter = ADAPTERS["lora"]
     if continued:
-        model, adapter = trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "adapter"), None
+        model = trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "adapter")
+        adapter = None
     watcher = Watcher()
     options = {"ref_model_mixup_alpha": 0.6, "kl_estimator": "exact", "max_steps": 6}
     train(model, tmp_path, watcher, adapter, **options)
