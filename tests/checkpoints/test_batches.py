@@ -6,6 +6,7 @@ import pytest
 from trl import GRPOConfig
 
 from tests.checkpoints.runs import assert_same_run, make, seen
+from tests.support.resume_worker import RecordingPrompts
 from trl_grpo_ext import GRPOExtConfig
 from trl_grpo_ext.checkpoints.batches import SavedBatch, batch_settings, changed_settings, load_batch, save_batch
 
@@ -104,11 +105,14 @@ def test_a_batch_whose_advantages_would_differ_is_generated_anew(tiny_model, tmp
 
 
 def test_a_batch_that_was_deleted_is_generated_anew(run, tiny_model, caplog):
+    """And none of an earlier call of `train` is used instead."""
+    trainer = make("lora", tiny_model, run, trainer_class=RecordingPrompts, max_steps=3, save_strategy="no")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.prompts == []
     (run / "checkpoint-2" / "batch_0.pt").unlink()
-    trainer = make("lora", tiny_model, run, max_steps=3)
     trainer.train(resume_from_checkpoint=True)
     assert any("generated anew: the batch is not there for every process." in text for text in caplog.messages)
-    assert trainer.state.global_step == 3
+    assert len(trainer.prompts) == 1 and trainer.state.global_step == 3
 
 
 def test_settings_that_shape_no_batch_leave_the_run_as_it_was(run, tiny_model, caplog):

@@ -92,7 +92,7 @@ CHECKPOINTS = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(CHECKPOINTS, st.sampled_from([None, 0, 1, 2, 3, 5]), st.integers(0, 8))
 def test_rotation_is_transformers_where_incomplete_and_foreign_folders_are_unseen(checkpoints, limit, best):
     newest = len(checkpoints) + 1

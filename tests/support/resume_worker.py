@@ -29,8 +29,12 @@ CASES = {"lora": LoraConfig(**LORA), "full": None}
 class RecordingPrompts(GRPOExtTrainer):
     """Keeps this process's prompts of each generated batch."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.prompts: list[list[str]] = []
+
     def _generate_and_score_completions(self, inputs):
-        self.prompts = [*vars(self).get("prompts", []), [example["prompt"] for example in inputs]]
+        self.prompts.append([example["prompt"] for example in inputs])
         return super()._generate_and_score_completions(inputs)
 
 
