@@ -307,6 +307,8 @@ def test_what_breaks_is_raised_to_the_server_for_its_log():
         answered(create_app(Scorer(), "process"), body, raises=True)
     response = answered(create_app(Scorer(), "process"), body)
     assert (response.status_code, response.json()) == (500, {"error": "RuntimeError: the model broke"})
+    # The server closes it, and a client that kept it would send its next request into nothing
+    assert response.headers["connection"] == "close"
 
 
 def receiving(messages):

@@ -169,8 +169,9 @@ def create_app(model: Any, kind: str, *, reduce: str = "min", max_bytes: int = M
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     async def fail(request: Request, error: Exception) -> JSONResponse:
-        # Starlette raises the error again, so that the server logs its traceback
-        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
+        # Starlette raises the error again, so that the server logs its traceback. The server then closes the
+        # connection; a client that does not know would send its next request there and see a connection error
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500, {"Connection": "close"})
 
     routes = [Route(OPENRLHF_PATH, get_reward, methods=["POST"]), Route("/health", health)]
     return Starlette(routes=routes, exception_handlers={HTTPException: refuse, Exception: fail})
