@@ -46,13 +46,14 @@ class GradientSums(NamedTuple):
     @classmethod
     def zeros(cls, policy: HeadModel, wanted: Sequence[bool]) -> "GradientSums":
         """Those that are wanted, as zeros."""
-        parameters = (policy.hidden_MH, policy.weight_VH, policy.bias_V)
-        return cls(
-            *(
-                torch.zeros_like(x, dtype=policy.dtype) if want and x is not None else None
-                for x, want in zip(parameters, wanted, strict=True)
-            )
-        )
+
+        def zeros(parameter: torch.Tensor | None, is_wanted: bool) -> torch.Tensor | None:
+            if parameter is None or not is_wanted:
+                return None
+            return torch.zeros_like(parameter, dtype=policy.dtype)
+
+        hidden, weight, bias = wanted
+        return cls(zeros(policy.hidden_MH, hidden), zeros(policy.weight_VH, weight), zeros(policy.bias_V, bias))
 
     def add_block(self, product: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add a block's gradient with respect to the product, and leave it in the product's place for `add_chunk`."""
@@ -119,7 +120,7 @@ class Preparation(Protocol):
     """What the forward does for the backward."""
 
     def add_block(self, block: Block) -> None:
-        """See a block, and leave in its products' memory what [`Preparation.add_chunk`] multiplies."""
+        """Use the tiles of a block, and leave in its products' memory what [`Preparation.add_chunk`] multiplies."""
 
     def add_chunk(self, policy: HeadModel, tokens: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         """Multiply what the blocks of a chunk have left in the products' memory."""
@@ -153,9 +154,9 @@ class TokenDerivatives:
         d logp/dh = sum_v (1[v = target] - p_v) slope_v w_v
         d kl/dh   = sum_v p_v (s_v - mean_score) slope_v w_v
 
-    `w_v` is the head's row of token v, `slope_v` the derivative of its logit with respect to the product. The target's
-    own term belongs into the first sum: in bfloat16, two rounded sums would not cancel where p of the target is nearly
-    1.
+    `w_v` is the head's row of token v, `slope_v` the derivative of its logit with respect to the product. The term of
+    the target is part of the first sum, not added to it afterwards: where p of the target is nearly 1, the two nearly
+    cancel, and rounded to bfloat16 they would not.
     """
 
     def __init__(self, policy: HeadModel):
