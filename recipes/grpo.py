@@ -112,7 +112,7 @@ def parse_json(value: Any, name: str, kind: type) -> Any:
 
 
 def looks_like_model(spec: str) -> bool:
-    """Whether an entry of `reward_funcs` is a reward model's folder or id rather than a function or class."""
+    """Whether an entry of `reward_funcs` is a reward model's folder or id rather than a function."""
     return ":" not in spec and (Path(spec).is_dir() or ("/" in spec and not spec.endswith(".py")))
 
 
@@ -147,8 +147,12 @@ def load_reward(spec: str) -> Any:
         public = [known for known in dir(module) if not known.startswith("_")]
         close = get_close_matches(name, public) or public
         raise ImportError(f"reward_funcs: {spec!r}: {where!r} has no {name!r}; it has: {', '.join(close)}.") from None
-    if not callable(source) or inspect.isclass(source):
-        raise ValueError(f"reward_funcs: {spec!r} is a {type(source).__name__}, not a function.")
+    if inspect.isclass(source):
+        raise ValueError(
+            f"reward_funcs: {spec!r} is a class; write `{name.lower()} = {name}(...)` in the module, and name that."
+        )
+    if not callable(source):
+        raise ValueError(f"reward_funcs: {spec!r} is of type {type(source).__name__}, not a function.")
     return source
 
 

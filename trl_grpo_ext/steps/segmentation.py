@@ -1,4 +1,4 @@
-"""Text to steps, and steps to the policy tokens that end them."""
+"""The steps of a text, and the policy's token that ends each step."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .alignment import AlignedText, end_token
 
 
-# A step ends where a match ends
+# A step ends where a match of its pattern ends
 _SEPARATORS = {
     "blank_line": re.compile(r"\n(?:[^\S\n]*\n)+"),
     "newline": re.compile(r"\n+"),
@@ -19,12 +19,12 @@ _REGEX = "regex:"
 _TOKENS = "tokens"
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
-# An escaped backslash or dollar opens nothing: `\\[2pt]` is a line break
+# The first alternative takes escaped backslashes and dollars away from the others: `\\[2pt]` is a line break
 _DELIMITER = re.compile(r"\\[\\$]|\$\$|\\[\[\]]|\\(begin|end)\{(\w+\*?)\}")
 
 
 class Span(NamedTuple):
-    """Characters `start` to `end` of a text."""
+    """The characters `text[start:end]` of a text."""
 
     start: int
     end: int
@@ -38,7 +38,8 @@ class Step(NamedTuple):
         text (`str`):
             The step without surrounding white space.
         end (`int`):
-            Index into `completion_ids` of the token with the step's last character.
+            Index into `completion_ids` of the token with the step's last character. The white space after a step
+            belongs to the step.
     """
 
     text: str
@@ -48,26 +49,29 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Segmentation:
     r"""
-    How a completion is cut into steps. Separators belong to the step before them.
+    How a completion is cut into steps. A separator belongs to the step before it.
 
     Args:
         by (`str` or `Callable[[str], Sequence[int]]`, *optional*, defaults to `"blank_line"`):
-            - `"blank_line"`: at lines of nothing but white space.
+            Where steps end.
+
+            - `"blank_line"`: at each line that is empty or white space.
             - `"newline"`: at the end of each line.
             - `"step_number"`: before each line that begins with `Step k:`, also as a Markdown heading or in bold.
-            - `"tokens"`: every `window` tokens.
-            - `"regex:PATTERN"`: where a match of `PATTERN` ends; `regex:(?=PATTERN)` cuts before it.
-            - a callable from the text to the character indices where steps end, increasing; what follows the last
-              one is a step too.
+            - `"tokens"`: after every `window` tokens.
+            - `"regex:PATTERN"`: where a match of `PATTERN` ends. With `"regex:(?=PATTERN)"` a step ends before the
+              match.
+            - a callable that takes the text and returns the character indices where steps end, in increasing order.
+              What follows the last index is a step too.
 
-            The first three leave display maths (`$$..$$`, `\[..\]`, `\begin{..}..\end{..}`) and fenced code whole.
-            What is opened and never closed protects nothing, so that a stray delimiter does not swallow the rest.
+            The first three never cut display maths (`$$..$$`, `\[..\]`, `\begin{..}..\end{..}`) and fenced code. A
+            delimiter that is opened and never closed protects nothing; otherwise it would join all that follows.
         window (`int`, *optional*, defaults to `64`):
             Tokens per step for `"tokens"`.
         min_step_tokens (`int`, *optional*, defaults to `1`):
-            Shorter steps join the next one, and a short last step the one before.
+            A shorter step is joined with the next one, and a shorter last step with the one before.
         max_steps (`int`, *optional*):
-            The rest of the text joins the last step.
+            The largest number of steps. What follows is joined with the last of them.
 
     Raises:
         ValueError: an unknown `by`, a pattern that is not a regular expression, or a number below 1.
@@ -117,7 +121,7 @@ def _fenced_code(text: str) -> list[Span]:
 
 
 def _display_maths(text: str) -> list[Span]:
-    """Pairs of delimiters; a closing one takes the last that was opened and is still open."""
+    """From each closing delimiter back to the last one of its kind that is still open."""
     spans = []
     opened: dict[str, list[int]] = {}
     for match in _DELIMITER.finditer(text):
@@ -136,13 +140,13 @@ def _display_maths(text: str) -> list[Span]:
 def _protected(text: str) -> list[Span]:
     fences = _fenced_code(text)
     for fence in fences:
-        # What looks like maths in code is code
+        # Blanked out, because what looks like maths in code is code
         text = text[: fence.start] + " " * (fence.end - fence.start) + text[fence.end :]
     return sorted(fences + _display_maths(text))
 
 
 def _outside(cuts: Iterable[int], protected: Sequence[Span]) -> list[int]:
-    """The cuts, in increasing order, that are not within a span."""
+    """The cuts that lie within no span. Cuts and spans increase."""
     outside = []
     position = 0
     covered = 0
@@ -168,7 +172,7 @@ def _called(by: Callable[[str], Sequence[int]], text: str) -> list[int]:
 
 
 def _spans(text: str, cuts: Iterable[int]) -> list[Span]:
-    """Cut a text; pieces of white space join the piece before, or the first one."""
+    """The pieces of a text. A piece of white space is joined with the one before, or with the first one."""
     kept: list[int] = []
     for start, end in pairwise([0, *cuts, len(text)]):
         if text[start:end].strip():
@@ -186,11 +190,10 @@ def split_text(text: str, by: str | Callable[[str], Sequence[int]]) -> list[Span
         text (`str`):
             Text of a completion.
         by (`str` or `Callable[[str], Sequence[int]]`):
-            As in [`Segmentation`], but for `"tokens"`, which has no meaning for a text alone.
+            As in [`Segmentation`], except `"tokens"`: a text alone has none.
 
     Returns:
-        `list[Span]`: contiguous, from 0 to `len(text)`, each with more than white space in it; empty for a text
-        without.
+        `list[Span]`: contiguous from 0 to `len(text)`, none of them white space alone. Empty for a text that is.
 
     Raises:
         ValueError: an unknown `by`, or a callable's ends that do not increase or leave the text.
@@ -205,12 +208,12 @@ def segment(aligned: AlignedText, segmentation: Segmentation) -> list[Step]:
     """
     Cut a completion into steps, each with the token that ends it.
 
-    The steps' texts cover all of the text but white space between them. Steps that end in the same token are one step,
-    so that `end` increases strictly, as [`StepRewards`] asks for.
+    The texts of the steps cover the whole text except white space between them. Two steps that end in the same token
+    are one step, because `ends` of [`StepRewards`] increase strictly.
 
     Args:
         aligned ([`AlignedText`]):
-            The completion from [`align_tokens`], without the special tokens that end it: see [`strip_special`].
+            The completion from [`align_tokens`], without the special tokens at its end; see [`strip_special`].
         segmentation ([`Segmentation`]):
             Where to cut, and which steps are joined.
 
@@ -222,16 +225,25 @@ def segment(aligned: AlignedText, segmentation: Segmentation) -> list[Step]:
         spans = _spans(text, token_ends[segmentation.window - 1 :: segmentation.window])
     else:
         spans = split_text(text, segmentation.by)
+    # Of several steps that end in one token, the last one's characters
     char_ends = {end_token(token_ends, span.end): span.end for span in spans}
-    kept = []
+    steps = []
+    start = 0
+    for end in _join_steps(list(char_ends), segmentation):
+        steps.append(Step(text[start : char_ends[end]].strip(), end))
+        start = char_ends[end]
+    return steps
+
+
+def _join_steps(ends: list[int], segmentation: Segmentation) -> list[int]:
+    """The last tokens that are left when steps are joined as `min_step_tokens` and `max_steps` say."""
+    kept: list[int] = []
     previous = -1
-    for end in char_ends:
+    for end in ends:
         if end - previous >= segmentation.min_step_tokens:
             kept.append(end)
             previous = end
-    # Too short to stand alone, too late to join another, or beyond the largest number of steps
-    keep = len(kept) - 1 if segmentation.max_steps is None else min(len(kept), segmentation.max_steps) - 1
-    if char_ends:
-        kept[max(keep, 0) :] = [max(char_ends)]
-    bounds = pairwise([0, *(char_ends[end] for end in kept)])
-    return [Step(text[start:stop].strip(), end) for end, (start, stop) in zip(kept, bounds, strict=True)]
+    if segmentation.max_steps is not None:
+        kept = kept[: segmentation.max_steps]
+    # The last step takes what is too short to stand alone and what is beyond `max_steps`
+    return [*kept[:-1], *ends[-1:]]

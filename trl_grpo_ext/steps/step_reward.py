@@ -51,7 +51,7 @@ def step_reward(
         StepRewards(ends, values=function(problem=problem, steps=steps, ...))
 
     The white space between two steps belongs to the first of them: it counts for `ends[k]` and is left out of
-    `steps[k]`. Tokens are never searched for: a separator may be part of any token, as in ".\\n\\n".
+    `steps[k]`. Steps are found in the text, because a separator may be part of a token, such as `".\\n\\n"`.
 
     The function is called once for each completion that has steps. Its arguments are given by name:
 
