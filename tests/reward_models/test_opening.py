@@ -86,6 +86,12 @@ def test_an_outcome_model_is_a_source(tiny_model, tmp_path):
     assert trainer.state.log_history[0]["rewards/orm/std"] > 0
 
 
+def test_a_classifier_that_is_given_a_preset_is_not_left_to_trl(tmp_path):
+    folder = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
+    assert open_reward_model(folder, {}) == folder
+    assert isinstance(open_reward_model(folder, {"preset": "sequence-classification"}), OutcomeRewardModel)
+
+
 def test_a_model_whose_head_would_be_random_is_refused(tiny_model, tmp_path):
     causal = save_tiny_model(tmp_path / "causal", LlamaForCausalLM, LlamaConfig)
     with pytest.raises(ValueError, match="score.weight would be random"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.hub_folders import WIDTH, save_hub_folder
-from trl_grpo_ext.reward_models.opening import load_reward_model
+from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_models
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.remote.server import main
 
@@ -184,6 +184,16 @@ def test_a_reading_of_answers_scores_and_is_served(hub, tmp_path, monkeypatch):
     answer = served([str(hub / "causal"), "--preset", file, "--device", "cpu"], body, monkeypatch)
     assert answer["step_scores"][0] == pytest.approx(expected, abs=1e-5)
     assert answer["rewards"] == pytest.approx([min(expected)], abs=1e-5)
+
+
+def test_ids_in_reward_funcs_take_a_preset_and_options_from_plain_data(hub, tmp_path):
+    file = write_preset(tmp_path, reading={"type": "own_readings:Rating", "grades": ["1", "3", "9"]})
+    options = {"preset": file, "batch_tokens": 77, "max_length": 55, "dtype": "float32"}
+    first, second = open_reward_models([str(hub / "causal")] * 2, options)
+    for model in (first, second):
+        assert type(model.preset.reading).__name__ == "Rating"
+        assert (model.batch_tokens, model.max_length) == (77, 55)
+    assert first.scorer.backbone is second.scorer.backbone
 
 
 def test_a_reading_of_log_ratios_scores(hub, tmp_path):

@@ -17,6 +17,10 @@ from .preset import Preset
 from .presets import find_preset, resolve_preset
 
 
+# Options that have nothing to do with the weights, which a reward model that shares another one's weights has too
+_BESIDE_WEIGHTS = ("batch_tokens", "max_length")
+
+
 def load_reward_model(
     model: str | os.PathLike[str] | Checkpoint, preset: Preset | str | None = None, **options: Any
 ) -> ProcessRewardModel | OutcomeRewardModel:
@@ -49,7 +53,8 @@ def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any]
         model (`str`):
             Id on the Hub, or folder.
         loading (`dict[str, Any]`):
-            Arguments of `from_pretrained`.
+            Arguments of [`~trl_grpo_ext.ProcessRewardModel.from_pretrained`], `preset` among them for a model that no
+            preset of this package fits.
         opened (`Sequence`, *optional*):
             Sources that are open already; a reward model among them with the same backbone shares it.
 
@@ -62,14 +67,20 @@ def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any]
     """
     location, options = split_options(loading)
     checkpoint = locate_checkpoint(model, location)
-    preset = find_preset(checkpoint.name, checkpoint.config)
-    if preset is None or preset.name == "sequence-classification":
+    given = options.pop("preset", None)
+    if given is None:
+        preset = find_preset(checkpoint.name, checkpoint.config)
+    else:
+        preset = resolve_preset(checkpoint.name, given, checkpoint.config)
+    # TRL loads plain sequence classifiers itself
+    if preset is None or (given is None and preset.name == "sequence-classification"):
         _check_classifier(checkpoint, loading)
         return checkpoint.name
     vocabulary = preset.reading.needs_vocabulary
     for other in opened:
         if isinstance(other, RewardModel) and other.holds(checkpoint.base_name, vocabulary=vocabulary):
-            return load_reward_model(checkpoint, preset, weights_of=other)
+            beside_weights = {name: options[name] for name in _BESIDE_WEIGHTS if name in options}
+            return load_reward_model(checkpoint, preset, weights_of=other, **beside_weights)
     # Presets never need remote code
     options.pop("trust_remote_code", None)
     if PartialState().distributed_type != DistributedType.NO:
@@ -86,7 +97,7 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
         sources (`Sequence`):
             Functions, models and ids.
         loading (`dict[str, Any]`):
-            Arguments of `from_pretrained` for the ids.
+            Arguments of [`~trl_grpo_ext.ProcessRewardModel.from_pretrained`] for all ids.
 
     Returns:
         `list`: what [`open_reward_model`] makes of each id, and all else as it is. A backbone that several ids have is
