@@ -3,13 +3,12 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
-from typing_extensions import Self
 
 from .backbone import Scorer
 from .batching import collate, most_forwards, token_batches

@@ -4,10 +4,9 @@ import math
 import os
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
-from typing_extensions import Self
 
 from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens

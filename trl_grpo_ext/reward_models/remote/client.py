@@ -129,7 +129,7 @@ class RemoteRewardModel:
             try:
                 # The time-outs of httpx are those of one packet; an answer that trickles in would never end
                 response = await asyncio.wait_for(client.post(address, json=payload), self.timeout)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise RewardServerError(f"no answer within {self.timeout} s.") from None
             except _CONNECTION_ERRORS as error:
                 failure = f"{type(error).__name__} {error}"
