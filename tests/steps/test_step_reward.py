@@ -8,12 +8,15 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import hub_folders
+from tests.support.tiny_models import save_tiny_model
 from tests.support.tokenizers import FAST, characters, load_tokenizer
-from trl_grpo_ext import Segmentation, StepRewards, step_reward
+from tests.support.training import FixedCompletions
+from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, Segmentation, StepRewards, step_reward
 from trl_grpo_ext._trl import is_async_callable
 from trl_grpo_ext.rewards.sources import wrap_source
 from trl_grpo_ext.rewards.types import PreparedSource
@@ -350,3 +353,50 @@ def test_the_first_failure_cancels_the_others():
     with pytest.raises(RuntimeError, match="no connection"):
         call(judge, ["a", "bad", "b"])
     assert ended == [["a"], ["b"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the trainer
+
+
+class _RecordingTrainer(GRPOExtTrainer):
+    def compute_advantages(self, batch):
+        self.batch = batch
+        return super().compute_advantages(batch)
+
+
+@step_reward
+def judge_with_column(problem, steps, answer):
+    return [1.0 if answer in step else 0.25 for step in steps]
+
+
+@step_reward(name="async")
+async def judge_conversation(problem, steps, **columns):
+    await asyncio.sleep(0)
+    assert problem == columns["prompt"][-1]["content"]
+    return [float(columns["answer"] in step) for step in steps]
+
+
+def test_the_trainer_gives_the_tokenizer_and_trains_on_the_placed_rewards(tmp_path):
+    tokenizer = load_tokenizer("qwen")
+    model = save_tiny_model(tmp_path / "model", vocab_size=len(tokenizer))
+    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in (TEXT, "No:\n\n10", "?", "")]
+    args = GRPOExtConfig(
+        str(tmp_path / "out"), supervision="process", bf16=False, use_cpu=True, report_to="none", num_generations=4
+    )
+    trainer = _RecordingTrainer(
+        model,
+        [judge_with_column, judge_conversation],
+        args,
+        train_dataset=Dataset.from_dict({"prompt": ["unused"]}),
+        processing_class=tokenizer,
+        rollout_func=FixedCompletions([[1]] * 4, ids),
+    )
+    trainer.model.eval()
+    prompt = [{"role": "user", "content": "How many?"}]
+    trainer._generate_and_score_completions([{"prompt": prompt, "answer": "10"}] * 4)
+
+    rewards_KNT = trainer.batch.rewards_KNT
+    placed = [[{t: r for t, r in enumerate(row) if r == r} for row in rows] for rows in rewards_KNT.tolist()]
+    assert placed[0] == [{12: 0.25, 24: 1.0, 31: 1.0}, {1: 0.25, 3: 1.0}, {0: 0.25}, {}]
+    assert placed[1] == [{12: 0.0, 24: 1.0, 31: 1.0}, {1: 0.0, 3: 1.0}, {0: 0.0}, {}]

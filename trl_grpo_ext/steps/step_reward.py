@@ -6,13 +6,13 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Coroutine, Sequence
 from decimal import Decimal
-from inspect import Parameter
 from numbers import Real
 from typing import Any, NamedTuple, TypeVar, overload
 
 from .._trl import is_async_callable
 from ..rewards.step_reductions import STEP_REDUCTIONS
 from ..rewards.types import StepRewards, check_finite, is_list_like, plain
+from .named_arguments import NamedParameters, value_of_row
 from .policy_text import last_user_text, place_on_tokens, policy_steps
 from .segmentation import Segmentation, Step
 
@@ -150,7 +150,9 @@ class StepRewardFunction:
             self.reduce = reduce
         if reduce not in (None, *STEP_REDUCTIONS):
             raise ValueError(f"{self._where}: reduce={reduce!r}; known: {', '.join(map(repr, STEP_REDUCTIONS))}.")
-        self._parameters = _named_parameters(function, self._where)
+        self._parameters = NamedParameters.of(function, self._where)
+        if not self._parameters.takes("steps"):
+            raise TypeError(f"{self._where} has no parameter `steps`; expected function(problem, steps, **columns).")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.__name__!r})"
@@ -196,13 +198,13 @@ class StepRewardFunction:
         for row, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True)):
             where = f"{self._where}, completion {row}"
             steps = policy_steps(self.policy_tokenizer, ids, self.segmentation, self._where)
-            offered = {name: _value_of_row(value, row, len(prompts), where, name) for name, value in columns.items()}
+            offered = {name: value_of_row(value, row, len(prompts), where, name) for name, value in columns.items()}
             offered["prompt"] = prompt
             offered["steps"] = [step.text for step in steps]
             # Not every prompt has one: the last message may hold an image
-            if self._parameters.take("problem"):
+            if self._parameters.takes("problem"):
                 offered["problem"] = last_user_text(prompt)
-            completions.append(_Completion(where, steps, _select(offered, self._parameters, self._where)))
+            completions.append(_Completion(where, steps, self._parameters.select(offered, self._where)))
         return completions
 
 
@@ -221,57 +223,6 @@ class AsyncStepRewardFunction(StepRewardFunction):
             return _parse(completion, await self.function(**completion.arguments) if completion.steps else [])
 
         return await _gather([judge(one) for one in self._to_judge(prompts, completion_ids, columns)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the function takes
-
-
-class _Parameters(NamedTuple):
-    """Parameters of a function that can be given by name."""
-
-    names: list[str]
-    required: list[str]
-    has_kwargs: bool
-
-    def take(self, name: str) -> bool:
-        return self.has_kwargs or name in self.names
-
-
-def _named_parameters(function: _Judge, where: str) -> _Parameters:
-    parameters = inspect.signature(function).parameters.values()
-    for parameter in parameters:
-        if parameter.kind is Parameter.POSITIONAL_ONLY:
-            raise TypeError(f"{where}: parameter {parameter.name!r} is positional-only; arguments are given by name.")
-    named = [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
-    found = _Parameters(
-        names=[parameter.name for parameter in named],
-        required=[parameter.name for parameter in named if parameter.default is Parameter.empty],
-        has_kwargs=any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters),
-    )
-    if not found.take("steps"):
-        raise TypeError(f"{where} has no parameter `steps`; expected function(problem, steps, **columns).")
-    return found
-
-
-def _select(offered: dict[str, Any], parameters: _Parameters, where: str) -> dict[str, Any]:
-    """What a function with these parameters takes of what is offered."""
-    for name in parameters.required:
-        if name not in offered:
-            raise TypeError(
-                f"{where} has a parameter {name!r}, which is no column of the dataset; a function may name: "
-                f"{', '.join(sorted({*offered, 'problem'}))}."
-            )
-    return {name: value for name, value in offered.items() if parameters.take(name)}
-
-
-def _value_of_row(value: Any, row: int, rows: int, where: str, name: str) -> Any:
-    """One completion's value of a column, which is a list over the batch; anything else is for all completions."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    if len(value) != rows:
-        raise ValueError(f"{where}: column {name!r} has {len(value)} values for {rows} prompts.")
-    return value[row]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
