@@ -166,12 +166,12 @@ class CheckpointedTrainer(KLTrainer):
         if self._is_during_updates:
             batch = SavedBatch(self._batch_settings(), self._buffered_inputs)
             save_batch(batch_file(folder, self.accelerator.process_index), batch)
-        # Both come when the checkpoint is complete: TRL writes its last file after transformers has done them
+        # Transformers would push and rotate before TRL has written its last file
         with swapped(self.args, save_total_limit=None, push_to_hub=False):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # Transformers has saved the swapped ones
+            # Transformers has saved the swapped settings
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
             mark_complete(folder)
             self._rotate_checkpoints(output_dir, self.args.save_total_limit, newest=folder)
