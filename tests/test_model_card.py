@@ -94,6 +94,8 @@ def test_outcome_supervision_without_a_kl_names_neither_discount_nor_reference()
         ({"advantage_estimator": "pooled"}, []),
         ({"advantage_estimator": "step"}, ["github.com/opendilab/LightRFT"]),
         ({"advantage_estimator": "min"}, ["2504.15275"]),
+        # Where it does nothing
+        ({"advantage_estimator": "min", "supervision": "outcome"}, []),
         ({"importance_sampling_level": "sequence_token"}, ["2507.18071"]),
         ({"reward_transforms": ["delta"]}, ["2410.15115"]),
         ({"reward_transforms": ["center"]}, []),
@@ -106,7 +108,7 @@ def test_outcome_supervision_without_a_kl_names_neither_discount_nor_reference()
 )
 def test_what_is_used_is_cited(fields, papers):
     """DeepSeekMath, and with it "pooled", is in TRL's part of every card."""
-    cited = citations(config(supervision="process", **fields))
+    cited = citations(config(**({"supervision": "process"} | fields)))
     assert [paper for paper, citation in zip(papers, cited, strict=True) if paper in citation.bibtex] == papers
     assert all(citation.bibtex.count("{") == citation.bibtex.count("}") for citation in cited)
 
