@@ -1,9 +1,12 @@
 """Models that are saved under other names than their modules' are resumed with the weights that were saved."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    LlamaForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3MoeConfig,
@@ -55,6 +58,19 @@ def test_weights_that_are_not_found_again_are_an_error(tiny_moe, tmp_path):
     with pytest.raises(
         ValueError, match=r"does not find model.layers.1.mlp.experts.down_proj, .*its folder as `model`"
     ):
+        load_converted_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "10KB"])
+def test_names_that_only_the_caller_knows_are_an_error(tiny_model, tmp_path, max_shard_size):
+    """`key_mapping` is an argument of `from_pretrained`, and transformers saves under the names that it maps."""
+    weights = load_file(f"{tiny_model}/model.safetensors")
+    shutil.copytree(tiny_model, tmp_path / "renamed")
+    renamed = {name.replace("self_attn", "attention"): value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "renamed" / "model.safetensors", metadata={"format": "pt"})
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "renamed", key_mapping={"attention": "self_attn"})
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM under other names .* model.layers.0.self_attn.k_proj"):
         load_converted_weights(model, tmp_path)
 
 
