@@ -334,6 +334,7 @@ def test_all_completions_are_judged_at_the_same_time():
 
     given = call(judge, ["a", "bb", "", "ccc"])
     assert [rewards.values for rewards in given] == [[1.0], [2.0], [], [3.0]]
+    assert [] not in started
 
 
 def test_the_first_failure_cancels_the_others():
