@@ -124,7 +124,7 @@ def test_a_field_that_is_gone_is_named(owner, field, monkeypatch):
     assert names.changed_names() == [f"`{short(owner)}` no longer has the field `{field}`"]
 
 
-@pytest.mark.parametrize("variable", names.HEAD_VARIABLES.values())
+@pytest.mark.parametrize("variable", [*names.HEAD_VARIABLES.values(), names.PLAIN_FORWARD_VARIABLE])
 def test_a_head_setting_that_is_gone_is_named(variable, monkeypatch):
     name = "trl.trainer.utils:add_fused_lm_head"
 

@@ -7,10 +7,20 @@ The one door to TRL: what this package uses of it is imported here, and checked 
   of this package mirror it: see [`~trl_grpo_ext._upstream_sources`].
 """
 
+import functools
 import inspect
+from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
-from ._upstream_names import ADVANTAGE_EPS, HEAD_VARIABLES, changed_names, check_names, mismatch
+from ._upstream_names import (
+    ADVANTAGE_EPS,
+    HEAD_VARIABLES,
+    PLAIN_FORWARD_VARIABLE,
+    changed_names,
+    check_names,
+    mismatch,
+)
 from ._upstream_sources import warn_of_changed_sources
 
 
@@ -43,8 +53,10 @@ __all__ = [
     "get_config_model_id",
     "head_settings",
     "is_async_callable",
+    "let_copies_compute",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
+    "unbound_forward",
     "use_adapter",
 ]
 
@@ -89,3 +101,46 @@ def head_settings(forward: Any) -> HeadSettings:
     """
     variables = inspect.getclosurevars(forward.__func__).nonlocals
     return HeadSettings(**{name: variables[upstream] for name, upstream in HEAD_VARIABLES.items()})
+
+
+def let_copies_compute(model: Any) -> None:
+    """
+    Let a copy of a model that TRL gave a fused head compute with its own weights.
+
+    TRL's forward calls the model's plain forward bound to the model. A copy, such as `copy.deepcopy` makes it for a
+    moving average, would compute with the weights of the original.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal language model, as TRL has patched it.
+    """
+    fused = model.forward.__func__
+    plain = unbound_forward(model, inspect.getclosurevars(fused).nonlocals[PLAIN_FORWARD_VARIABLE])
+
+    # Keeps the signature, against which `generate` checks its arguments
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        if fused_lm_head:
+            return fused(self, *args, fused_lm_head=True, **kwargs)
+        return plain(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def unbound_forward(model: Any, forward: Any) -> Callable[..., Any]:
+    """
+    The function behind a model's forward, which takes the model, or a copy of it, as its first argument.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        forward (`Callable`):
+            Its `forward`, now or before a patch.
+    """
+    if isinstance(forward, MethodType):
+        return forward.__func__
+    # The hooks of accelerate, as of a model that is split over devices
+    if isinstance(forward, functools.partial) and forward.args == (model,):
+        return forward.func
+    # Someone's own function, which knows its model
+    return lambda self, *args, **kwargs: forward(*args, **kwargs)

@@ -134,6 +134,8 @@ HEAD_VARIABLES = {
     "softcap": "final_logit_softcapping",
     "cast_to_fp32": "cast_lm_head_to_fp32",
 }
+# ... and the one that holds the forward that it patches
+PLAIN_FORWARD_VARIABLE = "original_forward"
 
 # Other names of TRL, transformers, accelerate and peft that they do not document, by the file that uses them
 PRIVATE_NAMES = {
@@ -208,8 +210,9 @@ def changed_names() -> list[str]:
     for name, fields in _FIELDS.items():
         missing = fields - {field.name for field in dataclasses.fields(pkgutil.resolve_name(name))}
         changes += [f"`{_short(name)}` no longer has the field `{field}`" for field in sorted(missing)]
-    variables = set(HEAD_VARIABLES.values()) - set(_code(f"{_UTILS}:add_fused_lm_head").co_cellvars)
-    return changes + [f"`add_fused_lm_head` no longer resolves `{variable}`" for variable in sorted(variables)]
+    resolved = set(_code(f"{_UTILS}:add_fused_lm_head").co_cellvars)
+    missing = {*HEAD_VARIABLES.values(), PLAIN_FORWARD_VARIABLE} - resolved
+    return changes + [f"`add_fused_lm_head` no longer resolves `{variable}`" for variable in sorted(missing)]
 
 
 def _short(name: str) -> str:

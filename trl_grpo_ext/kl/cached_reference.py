@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._trl import head_settings, use_adapter
+from .._trl import head_settings, let_copies_compute, use_adapter
 from .fused.predicted_gradient import SecondPassCount
 from .model_forward import ExactKLHead, active_lm_head, add_exact_kl
 from .reference import REFERENCE_ADAPTER, keep_requires_grad
@@ -70,10 +70,10 @@ class CachedReference:
                 "kl_estimator='exact' needs an adapter inside the layers (LoRA and its kind): prompt learning changes "
                 "the sequence that the reference would have to see. Use 'k3', or another PEFT method."
             )
-        policy = _causal_language_model(model)
+        policy = causal_language_model(model)
         policy_head = _checked_lm_head(policy)
         with self._active_model() as active_model:
-            reference = _causal_language_model(cast(nn.Module, accelerator.unwrap_model(active_model)))
+            reference = causal_language_model(cast(nn.Module, accelerator.unwrap_model(active_model)))
             reference_head = _checked_lm_head(reference)
         if ref_model is None and policy_head.weight.dtype != reference_head.weight.dtype:
             raise ValueError(
@@ -90,6 +90,7 @@ class CachedReference:
             direction,
             self.second_pass,
         )
+        let_copies_compute(policy)
         add_exact_kl(policy, kl_head)
         if ref_model is not None:
             add_exact_kl(reference, kl_head)
@@ -176,7 +177,7 @@ def take_hidden_states(batch: dict[str, Any]) -> torch.Tensor:
     return hidden_BTH
 
 
-def _causal_language_model(model: nn.Module) -> PreTrainedModel:
+def causal_language_model(model: nn.Module) -> PreTrainedModel:
     """The causal language model under PEFT, on which TRL patches `forward`."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 

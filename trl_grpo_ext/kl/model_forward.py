@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from .._trl import FusedCausalLMOutput, HeadSettings, maybe_gather_lm_head_ctx
+from .._trl import FusedCausalLMOutput, HeadSettings, maybe_gather_lm_head_ctx, unbound_forward
 from ..loss import ClippedLossGradient
 from .fused.predicted_gradient import SecondPassCount
 from .fused.token_stats import fused_token_stats_for_loss
@@ -88,7 +88,7 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
         kl_head ([`ExactKLHead`]):
             The reference's head and the settings.
     """
-    forward = model.forward
+    forward = unbound_forward(model, model.forward)
 
     # Keeps the signature, against which `generate` checks its arguments
     @functools.wraps(type(model).forward)
@@ -96,7 +96,7 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
         self, *args, return_hidden_states=False, ref_hidden_states=None, predicted_gradient=None, **kwargs
     ):
         if not return_hidden_states and ref_hidden_states is None:
-            return forward(*args, **kwargs)
+            return forward(self, *args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         kwargs.pop("fused_lm_head")
         outputs = self.base_model(*args, use_cache=False, **kwargs)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .._swapped import swapped
-from .._trl import GRPOTrainer, SyncRefModelCallback
+from .._trl import GRPOTrainer, SyncRefModelCallback, let_copies_compute
 from ..config import GRPOExtConfig
 from ..distributed import total
 from ..loss import (
@@ -23,7 +23,7 @@ from ..loss import (
     token_weights,
     window_tokens,
 )
-from .cached_reference import CachedReference, take_hidden_states
+from .cached_reference import CachedReference, causal_language_model, take_hidden_states
 from .estimates import kl_estimate, weight_by_ratio
 from .reference import (
     OnSync,
@@ -67,6 +67,8 @@ class KLTrainer(GRPOTrainer):
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
         self._reference = self._prepare_reference(continues)
+        if self._reference is None:
+            let_copies_compute(causal_language_model(cast(nn.Module, self.model)))
         self._loaded_from_path = isinstance(model, str)
         self._start_is_checked = False
 
