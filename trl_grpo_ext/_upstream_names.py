@@ -49,6 +49,7 @@ _PARAMETERS: dict[str, list[Any]] = {
     f"{_TRAINER}._save_checkpoint": ["self", "model", "trial"],
     f"{_TRAINER}._get_train_sampler": ["self", "dataset"],
     f"{_TRAINER}.log": ["self", "logs", "start_time"],
+    "trl.trainer.base_trainer:_BaseTrainer.create_model_card": ["self", "model_name", "dataset_name", "tags"],
     _CALLBACK: ["ref_model", "accelerator"],
     f"{_CALLBACK}.sync_target_model": ["model", "target_model", "alpha"],
     f"{_UTILS}:add_fused_lm_head": ["model", ...],

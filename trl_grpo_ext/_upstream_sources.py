@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 COMPARED_VERSION = "1.16.0"
 
 # Files in which nothing has changed
-FILE_DIGESTS = ["1c3dc2253fb3", "20ae5bbfeca3", "839b28adba1d", "a3c44bd9e7f3"]
+FILE_DIGESTS = ["1c3dc2253fb3", "20ae5bbfeca3", "3d7de1a28d39", "839b28adba1d", "a3c44bd9e7f3"]
 
 FINGERPRINTS = {
     "trl.trainer.grpo_trainer:GRPOTrainer.__init__": "7d477239f4ae",
@@ -60,6 +60,7 @@ FINGERPRINTS = {
     "trl.trainer.utils:shuffle_sequence_dict": "b75e1ab209d3",
     "trl.kernels.chunked_logprob:ChunkedLogProbFunction.forward": "b2894db050a6",
     "trl.kernels.chunked_logprob:_torch_transform": "8d5c584241e0",
+    "trl.scripts.grpo:main": "6f78d8c2aee5",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +147,9 @@ MIRRORED = {
     ),
     "trl.kernels.chunked_logprob:_torch_transform": Mirrored(
         "scale, soft cap and temperature of the logits, in this order", ("kl/fused/chunks.py",)
+    ),
+    "trl.scripts.grpo:main": Mirrored(
+        "the order of its arguments, and that it imports the trainer from `trl` when it runs", ("cli.py",)
     ),
 }
 
