@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, cast
 
@@ -149,6 +149,9 @@ class GRPOExtConfig(GRPOConfig):
         metadata={"help": "Largest number of padded tokens in one forward of a reward model. Default: no bound."},
     )
 
+    # Not a field. Set by the trainer of this package, and by no other
+    has_its_trainer = False
+
     def __new__(cls, *args: Any, **kwargs: Any):
         known = [field.name for field in fields(cls)]
         for name in kwargs:
@@ -183,6 +186,18 @@ class GRPOExtConfig(GRPOConfig):
             _check_process(self)
         _check_sync(self)
         _check_kl(self)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """That of transformers. Any trainer calls it when training starts: a warning if it is none of this package."""
+        ignored = _own_fields_in_use(self)
+        if ignored and not self.has_its_trainer:
+            warnings.warn(
+                f"the trainer of this {type(self).__name__} does not read {', '.join(ignored)}. Use GRPOExtTrainer of "
+                "trl_grpo_ext, or leave them at their defaults.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().get_warmup_steps(num_training_steps)
 
     @property
     def uses_trl_kl(self) -> bool:
@@ -267,6 +282,18 @@ def _check_numbers(config: GRPOExtConfig) -> None:
 def _changed(values: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Names of the fields whose value is not their default."""
     return [name for name, (value, default) in values.items() if value != default]
+
+
+def _own_fields_in_use(config: GRPOExtConfig) -> list[str]:
+    """Names of the fields of this package whose value is not their default."""
+    upstream = {upstream_field.name for upstream_field in fields(GRPOConfig)}
+    own = [own_field for own_field in fields(GRPOExtConfig) if own_field.name not in upstream]
+    built = config.to_dict()
+    return _changed({own_field.name: (built[own_field.name], _default(own_field)) for own_field in own})
+
+
+def _default(config_field: Field) -> Any:
+    return config_field.default if config_field.default_factory is MISSING else config_field.default_factory()
 
 
 def _warn_of_unused(config: GRPOExtConfig) -> None:

@@ -112,6 +112,7 @@ class GRPOExtTrainer(ModelCardTrainer):
             raise TypeError(
                 f"args must be a GRPOExtConfig, not {type(args).__name__}; the fields of GRPOConfig carry over."
             )
+        args.has_its_trainer = True
         _check_loss_bodies(type(self), args)
         check_columns(
             {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, needs_prompt=environment_factory is None

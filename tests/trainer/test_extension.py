@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 
 import pytest
 import torch
@@ -201,3 +202,25 @@ def test_a_loss_of_another_trainer_is_refused_where_it_would_not_read_the_batch(
     trainer_of(Joint, tiny_model, tmp_path)
     with pytest.raises(ValueError, match="Joint takes its loss from GMPOTrainer"):
         trainer_of(Joint, tiny_model, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "fields", "warned"),
+    [
+        (GRPOTrainer, {"supervision": "process", "gamma": 0.9}, ["supervision, gamma"]),
+        (GRPOTrainer, {}, []),
+        (GRPOExtTrainer, {"supervision": "process", "gamma": 0.9}, []),
+    ],
+)
+def test_another_trainer_with_this_config_is_told_that_it_ignores_fields(
+    tiny_model, tmp_path, recwarn, trainer_class, fields, warned
+):
+    def reward(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    options = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "max_steps": 1}
+    args = GRPOExtConfig(str(tmp_path), num_generations=4, max_completion_length=8, **options, **fields)
+    dataset = Dataset.from_dict({"prompt": ["1+2="] * 8})
+    trainer_class(tiny_model, [reward], args, train_dataset=dataset).train()
+    found = [re.match(r"the trainer of this GRPOExtConfig does not read (.*?)\.", str(w.message)) for w in recwarn]
+    assert [match[1] for match in found if match] == warned
