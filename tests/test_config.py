@@ -101,6 +101,7 @@ BAD_VALUES = [
     bad("reward_batch_tokens", -1),
     *(bad("reward_batch_tokens", value) for value in (1.5, True, "64")),
     bad("importance_sampling_level", "sequences"),
+    *(bad("reward_weights", value) for value in (["1.0"], [math.nan], [1.0, math.inf], "1.0", [[1.0]])),
 ]
 
 

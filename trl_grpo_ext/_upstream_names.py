@@ -123,7 +123,7 @@ _FIELDS = {
         *("output_dir", "per_device_train_batch_size", "push_to_hub", "ref_model_mixup_alpha"),
         *("ref_model_sync_steps", "repetition_penalty", "reward_weights", "save_total_limit", "scale_rewards"),
         *("steps_per_generation", "sync_ref_model", "temperature", "top_k", "top_p", "trust_remote_code"),
-        "use_bias_correction_kl",
+        *("use_bias_correction_kl", "use_vllm"),
     },
     f"{_UTILS}:FusedCausalLMOutput": {"log_probs", "entropy", "label_mask", "aux_loss"},
 }

@@ -14,6 +14,7 @@ from .kl.divergences import DIVERGENCES
 from .kl.fused.token_stats import LOGITS_MEMORY_BYTES
 from .loss import LOSS_REDUCTIONS
 from .rewards.transforms import parse_transform
+from .rewards.types import plain
 
 
 SUPERVISIONS = ("outcome", "process")
@@ -167,6 +168,7 @@ class GRPOExtConfig(GRPOConfig):
         if _is_number(self.reward_weights):
             # As a YAML file may have it for a single source
             self.reward_weights = [float(cast(float, self.reward_weights))]
+        _check_weights(self.reward_weights)
         self.gamma = _check_gamma(self.gamma)
         self.reward_transforms = _as_list(self.reward_transforms)
         self.outcome_gate = _as_list(self.outcome_gate)
@@ -267,6 +269,12 @@ def _check_gamma(gamma: Any) -> float | list[float]:
     if not gammas:
         raise ValueError("gamma is an empty list; give one discount, or one per reward source.")
     return float(gammas[0]) if len(gammas) == 1 else [float(value) for value in gammas]
+
+
+def _check_weights(weights: Any) -> None:
+    values = [] if weights is None else plain(weights)
+    if not (isinstance(values, list) and all(_is_number(value) and math.isfinite(value) for value in values)):
+        raise ValueError(f"reward_weights must be a list of finite numbers, one per reward source; got {weights!r}.")
 
 
 def _check_numbers(config: GRPOExtConfig) -> None:

@@ -134,6 +134,7 @@ class GRPOExtTrainer(ModelCardTrainer):
             environment_factory=environment_factory,
         )
         _check_trains(cast(nn.Module, self.model))
+        self._check_eos_token()
         args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
@@ -152,6 +153,15 @@ class GRPOExtTrainer(ModelCardTrainer):
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts
+
+    def _check_eos_token(self) -> None:
+        """Raise `ValueError` if nothing would end a completion, or pad it: TRL pads with the eos token if need be."""
+        generates = not self.args.use_vllm and self.rollout_func is None
+        if self._tokenizer.eos_token_id is None and (generates or self._tokenizer.pad_token_id is None):
+            raise ValueError(
+                "the tokenizer has no eos token, with which a completion ends. Set `processing_class.eos_token`, and "
+                "`pad_token` if padding is to be another one."
+            )
 
     def _tokenize_separator(self) -> list[int]:
         separator = self.args.prompt_separator

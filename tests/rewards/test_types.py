@@ -11,7 +11,7 @@ import torch
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.rewards.sources import RewardSource
 from trl_grpo_ext.rewards.transforms import transform_reward
-from trl_grpo_ext.rewards.types import parse_reward, place_rewards
+from trl_grpo_ext.rewards.types import parse_as_trl, parse_reward, place_rewards
 
 
 WHERE = "reward source 'judge', completion 7"
@@ -176,7 +176,7 @@ def test_rewards_are_placed_on_the_tokens_that_carry_them():
     ],
 )
 def test_under_outcome_supervision_what_trl_takes_is_a_reward(value, expected):
-    assert parse_reward(value, 12, WHERE, is_outcome=True) == expected
+    assert parse_reward(parse_as_trl(value), 12, WHERE) == expected
 
 
 @pytest.mark.parametrize(

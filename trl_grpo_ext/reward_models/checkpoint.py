@@ -78,6 +78,9 @@ def locate_checkpoint(model: "str | os.PathLike[str] | Checkpoint", location: Ma
             Id on the Hub, or folder. A checkpoint that is located already is returned as it is.
         location (`Mapping[str, Any]`):
             Those arguments of `from_pretrained` that say where its files are.
+
+    Raises:
+        OSError: there is no such model; the message names it.
     """
     if isinstance(model, Checkpoint):
         return model
@@ -86,11 +89,25 @@ def locate_checkpoint(model: "str | os.PathLike[str] | Checkpoint", location: Ma
     location = dict(location)
     base_name = name
     base_location = location
-    if find_adapter_config_file(name, **location) is not None:
-        adapter = PeftConfig.from_pretrained(name, **location)
+    with _naming(name):
+        is_adapter = find_adapter_config_file(name, **location) is not None
+        adapter = PeftConfig.from_pretrained(name, **location) if is_adapter else None
+    if adapter is not None:
         base_name = cast(str, adapter.base_model_name_or_path).rstrip("/")
         base_location = {**location, "revision": adapter.revision}
-    return Checkpoint(name, location, base_name, base_location, AutoConfig.from_pretrained(base_name, **base_location))
+    with _naming(base_name):
+        config = AutoConfig.from_pretrained(base_name, **base_location)
+    return Checkpoint(name, location, base_name, base_location, config)
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Errors about files that are not there say of which model: offline, transformers leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if os.path.isdir(model) else " It is no folder here, and on the Hub an id is ORGANISATION/NAME."
+        raise OSError(f"the reward model '{model}' cannot be loaded.{where} {error}") from error
 
 
 def check_keys(missing: Set[str], unexpected: Set[str], *, name: str, preset_name: str) -> None:

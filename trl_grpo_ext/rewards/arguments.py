@@ -19,7 +19,7 @@ def list_sources(reward_funcs: Any) -> list[Any]:
     The reward sources as a list of our own.
 
     Raises:
-        TypeError: a class where a function or an object belongs; the message names it.
+        TypeError: a class where an object belongs, or something that cannot be called; the message names it.
     """
     sources = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     for index, source in enumerate(sources):
@@ -27,6 +27,11 @@ def list_sources(reward_funcs: Any) -> list[Any]:
             raise TypeError(
                 f"reward_funcs[{index}] is the class {source.__name__}; pass an object of it, {source.__name__}(...), "
                 "or a function."
+            )
+        if not (callable(source) or isinstance(source, str)):
+            raise TypeError(
+                f"reward_funcs[{index}] is {source!r}, of type {type(source).__name__}; a reward source is a "
+                "function, a model, or a model's id or folder as text."
             )
     return sources
 

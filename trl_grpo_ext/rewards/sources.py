@@ -9,7 +9,7 @@ import torch
 from .._trl import is_async_callable
 from .step_reductions import STEP_REDUCTIONS
 from .transforms import transform_reward
-from .types import Reward, StepRewards, check_finite, is_list_like, parse_reward, plain
+from .types import Reward, StepRewards, check_finite, is_list_like, parse_as_trl, parse_reward, plain
 
 
 class RewardSource:
@@ -75,7 +75,7 @@ class RewardSource:
                 f"reward source '{self.name}' returned {type(returned).__name__}; expected a list with one reward per "
                 "completion."
             )
-        returned = list(returned)
+        returned = [parse_as_trl(value) for value in returned] if self.is_outcome else list(returned)
         if len(returned) != len(lengths):
             raise ValueError(
                 f"reward source '{self.name}' returned {len(returned)} rewards for {len(lengths)} completions."
@@ -85,7 +85,7 @@ class RewardSource:
         numbers = []
         for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
-            parsed = parse_reward(value, length, where, is_outcome=self.is_outcome)
+            parsed = parse_reward(value, length, where)
             reward = transform_reward(parsed, self.transform, where)
             self.rewards.append(reward)
             numbers.append(self._to_number(reward, where))

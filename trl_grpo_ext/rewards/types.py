@@ -113,7 +113,7 @@ def _parse_steps(reward: StepRewards, length: int, where: str) -> StepRewards | 
     return StepRewards(ends, values) if ends else None
 
 
-def parse_reward(value: Any, length: int, where: str, *, is_outcome: bool = False) -> Reward:
+def parse_reward(value: Any, length: int, where: str) -> Reward:
     """
     Check what a source returned for one completion and bring it to a plain form.
 
@@ -127,9 +127,6 @@ def parse_reward(value: Any, length: int, where: str, *, is_outcome: bool = Fals
             Number of tokens of the completion.
         where (`str`):
             Names the source and the completion in errors.
-        is_outcome (`bool`, *optional*, defaults to `False`):
-            Whether supervision is by outcome. A reward function that TRL takes is then taken too: NaN is `None`, and
-            a list of one number is that number, as of a reward model's logits of shape `(N, 1)`.
 
     Raises:
         TypeError: not one of the four forms.
@@ -137,8 +134,6 @@ def parse_reward(value: Any, length: int, where: str, *, is_outcome: bool = Fals
             out of range or not increasing.
     """
     value = plain(value)
-    if is_outcome:
-        value = _as_trl_takes_it(value)
     if value is None:
         return None
     if isinstance(value, StepRewards):
@@ -153,7 +148,13 @@ def parse_reward(value: Any, length: int, where: str, *, is_outcome: bool = Fals
     )
 
 
-def _as_trl_takes_it(value: Any) -> Any:
+def parse_as_trl(value: Any) -> Any:
+    """
+    What TRL takes as one number: a list of one is that number, as of logits of shape `(N, 1)`, and NaN is `None`.
+
+    Anything else is returned as it is, for [`parse_reward`]. Under outcome supervision whatever TRL takes is a reward.
+    """
+    value = plain(value)
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     # The only number that differs from itself
