@@ -28,6 +28,7 @@ Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `
 | `P` | prompts |
 | `K` | reward sources |
 | `T` | completion tokens, padded |
+| `S` | steps of a completion, padded |
 | `M` | tokens of any completions, one after the other, without padding |
 | `L` | tokens of a whole padded input, prompt and completion |
 | `R` | score positions of a batch |

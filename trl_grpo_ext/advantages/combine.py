@@ -159,13 +159,15 @@ def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: fl
     def normalize(values_NT: torch.Tensor) -> torch.Tensor:
         return row.function(EstimatorInputs(values_NT, sources.mask_NT, judged_N, sources.group_size, scale, eps))
 
-    rewards_KNT = row.shape_rewards(sources.rewards_KNT)
     if row.normalizes == "returns":
-        returns_KNT = torch.stack([sources.returns(rewards_NT, k) for k, rewards_NT in enumerate(rewards_KNT)])
+        # Source by source, so that what a formula holds in between stays in the processor's cache
+        returns_KNT = torch.stack(
+            [sources.returns(row.shape_rewards(rewards_NT), k) for k, rewards_NT in enumerate(sources.rewards_KNT)]
+        )
         counted_NT = sources.mask_NT & judged_N[:, None]
         return normalize(sources.weighted_sum(returns_KNT)).where(counted_NT, 0.0)
     # Where some sources give a step reward, the others add 0
-    summed_NT = sources.weighted_sum(rewards_KNT.where(~rewards_KNT.isnan(), 0.0)).where(given_NT, torch.nan)
+    summed_NT = sources.weighted_sum(row.shape_rewards(sources.rewards_KNT).nan_to_num()).where(given_NT, torch.nan)
     # All gammas are equal here
     return sources.returns(normalize(summed_NT).where(given_NT, torch.nan), 0)
 

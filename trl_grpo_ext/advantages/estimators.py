@@ -171,13 +171,14 @@ def normalize_by_step(inputs: EstimatorInputs) -> torch.Tensor:
     Reduces to TRL's advantages for one reward per completion.
     """
     given_NT = ~inputs.values_NT.isnan()
-    # Column k holds each completion's k-th step reward
-    order_NT = pack_order(given_NT)
-    steps_NT = inputs.values_NT.gather(1, order_NT).nan_to_num()
-    has_step_NT = given_NT.gather(1, order_NT)
-    values_PGT, weights_PGT = grouped(inputs.group_size, steps_NT, has_step_NT.to(steps_NT))
-    normalized_PGT = standardize(values_PGT, weights_PGT, (1,), scale=inputs.scale, eps=inputs.eps)
-    return torch.zeros_like(steps_NT).scatter(1, order_NT, normalized_PGT.flatten(0, 1))
+    # Column k holds each completion's k-th step reward. Completions have far fewer steps than tokens
+    most_steps = int(given_NT.sum(1).max())
+    order_NS = pack_order(given_NT)[:, :most_steps]
+    steps_NS = inputs.values_NT.gather(1, order_NS).nan_to_num()
+    has_step_NS = given_NT.gather(1, order_NS)
+    values_PGS, weights_PGS = grouped(inputs.group_size, steps_NS, has_step_NS.to(steps_NS))
+    normalized_PGS = standardize(values_PGS, weights_PGS, (1,), scale=inputs.scale, eps=inputs.eps)
+    return torch.zeros_like(inputs.values_NT).scatter(1, order_NS, normalized_PGS.flatten(0, 1))
 
 
 def normalize_against_others(inputs: EstimatorInputs) -> torch.Tensor:
