@@ -11,19 +11,41 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
-from tests.support.tiny_models import save_tiny_model
+
+# Heavy imports stand in the fixtures: the process that hands out the tests reads this file and runs none of them
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Folder of a Llama with 2 layers and a character tokenizer."""
+    from tests.support.tiny_models import save_tiny_model
+
     return save_tiny_model(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def models_of_parts(tmp_path_factory):
+    """Folder with the models of each part of `tests/support/two_processes.py`."""
+    from tests.support.two_processes import save_models
+
+    folder = tmp_path_factory.mktemp("models_of_parts")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes(request, models_of_parts, tmp_path_factory):
+    """What two processes saw of all parts, started under the sharding that `two_processes.under` names."""
+    from tests.support.two_processes import TwoProcesses
+
+    return TwoProcesses.started(request.param, models_of_parts, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 

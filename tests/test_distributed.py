@@ -3,15 +3,13 @@ Two processes compute what one computes, with a group in both and other lengths 
 the model is shared among them.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.support import distributed_worker
 from tests.support.distributed_worker import CASES, LOSSES, WEIGHTS
-from tests.support.launching import launch
 from tests.support.training import assert_same_gradients
+from tests.support.two_processes import SHARDINGS, under
 
 
 pytestmark = pytest.mark.distributed
@@ -20,36 +18,22 @@ pytestmark = pytest.mark.distributed
 SUMS = ("loss", "policy_loss", "kl_loss", "grad_norm", "reward", "completions", "advantages")
 TIMES = {"step_time", "epoch"}
 
-# What each is called by accelerate, and the cases that it is run with
-SHARDINGS = {
-    "ddp": ("MULTI_CPU", [*LOSSES, *WEIGHTS]),
-    "fsdp2": ("FSDP", [*WEIGHTS]),
-    "zero2": ("DEEPSPEED", [*WEIGHTS]),
-    "zero3": ("DEEPSPEED", [*WEIGHTS]),
-}
+# What accelerate calls each
+NAMES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    distributed_worker.save_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(models, tmp_path_factory):
+def one(models_of_parts, tmp_path_factory):
     """What one process sees, for every case."""
     folder = tmp_path_factory.mktemp("one")
-    distributed_worker.main(str(models), str(folder), *CASES)
+    distributed_worker.main(models_of_parts / "training", folder)
     return torch.load(folder / "rank0.pt")
 
 
-@pytest.fixture(scope="module", params=SHARDINGS)
-def two(models, tmp_path_factory, request):
+@pytest.fixture(scope="module")
+def two(two_processes):
     """The sharding, and what each of two processes sees, for every case that it is run with."""
-    folder = tmp_path_factory.mktemp(request.param)
-    launch(request.param, "tests.support.distributed_worker", str(models), str(folder), *SHARDINGS[request.param][1])
-    return request.param, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    return two_processes.sharding, two_processes.seen("training")
 
 
 def loss_tokens(seen: dict, batch: int) -> list[torch.Tensor]:
@@ -65,12 +49,13 @@ def change(seen: dict) -> dict[str, torch.Tensor]:
     return {name: weight - seen["before"][name] for name, weight in seen["after"].items()}
 
 
+@under(*SHARDINGS["training"])
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_two_processes_equal_one(two, one, case):
     assert_equal(two, one, case)
 
 
-@pytest.mark.parametrize("two", ["ddp"], indirect=True)
+@under("ddp")
 @pytest.mark.parametrize("case", LOSSES)
 def test_two_processes_equal_one_for_each_loss(two, one, case):
     assert_equal(two, one, case)
@@ -80,7 +65,7 @@ def assert_equal(two: tuple[str, list[dict]], one: dict, case: str) -> None:
     sharding, ranks = two
     one, ranks = one[case], [seen[case] for seen in ranks]
     for seen in ranks:
-        assert seen["sharding"] == SHARDINGS[sharding][0]
+        assert seen["sharding"] == NAMES[sharding]
         assert seen["whole"] == (0 if sharding in ("fsdp2", "zero3") else seen["parameters"])
 
     for batch in range(len(one["advantages"])):

@@ -4,23 +4,22 @@ import pytest
 import torch
 
 from tests.support import resume_worker
-from tests.support.launching import LAUNCHERS, launch
+from tests.support.two_processes import SHARDINGS, under
 
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def one(tiny_model, tmp_path_factory):
+def one(models_of_parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    resume_worker.main(tiny_model, str(folder))
+    resume_worker.main(models_of_parts / "resuming", folder)
     return torch.load(folder / "rank0.pt")
 
 
-@pytest.mark.parametrize("sharding", LAUNCHERS)
-def test_two_processes_resume_with_the_reference_that_had_moved(sharding, one, tiny_model, tmp_path):
-    launch(sharding, "tests.support.resume_worker", tiny_model, str(tmp_path))
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+@under(*SHARDINGS["resuming"])
+def test_two_processes_resume_with_the_reference_that_had_moved(two_processes, one):
+    ranks = two_processes.seen("resuming")
     for case, alone in one["runs"].items():
         for rank in ranks:
             assert_resumed(case, rank["runs"][case], alone)

@@ -172,7 +172,7 @@ def test_it_is_short_enough_to_be_read_at_once():
 
 def run_quickstart(output_dir: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> dict:
     command = [sys.executable, *launcher, "recipes/quickstart.py", "--output_dir", str(output_dir), *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     # A first run that warns looks broken. deepspeed and bitsandbytes, where they are installed, warn in other words
     assert "Warning" not in run.stderr

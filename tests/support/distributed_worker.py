@@ -1,13 +1,10 @@
 """
-Trains cases of `tests/test_distributed.py` on fixed completions, in as many processes as it is started in, and saves
-what each process saw.
-
-    accelerate launch --config_file CONFIG -m tests.support.distributed_worker MODELS_FOLDER OUTPUT_FOLDER CASE ...
+Trains cases of `tests/test_distributed.py` on fixed completions, in one process or in each of those that
+`tests/support/two_processes.py` runs in, and saves what each process saw.
 """
 
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,11 +193,7 @@ def train(models: Path, output: Path, name: str) -> dict[str, Any]:
     }
 
 
-def main(models: str, output: str, *cases: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    seen = {case: train(Path(models), Path(output), case) for case in cases}
-    torch.save(seen, Path(output) / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def main(models: Path, output: Path, sharding: str = "none") -> None:
+    cases = CASES if sharding in ("none", "ddp") else WEIGHTS
+    seen = {case: train(models, output, case) for case in cases}
+    torch.save(seen, output / f"rank{os.environ.get('RANK', '0')}.pt")

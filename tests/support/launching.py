@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 
 
-def launch(sharding: str, module: str, *arguments: str, timeout: float = 300) -> None:
+def launch(sharding: str, module: str, *arguments: str, timeout: float = 600) -> None:
     """Run a module in two processes that talk over gloo; a failure if either fails, or both take too long."""
     if sharding.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("not installed: deepspeed")

@@ -1,12 +1,9 @@
 """
-Trains over two epochs with a moving reference, resumes from a checkpoint of that run, and saves what both saw, in as
-many processes as it is started in.
-
-    accelerate launch --config_file ... -m tests.support.resume_worker MODEL_FOLDER OUTPUT
+Trains over two epochs with a moving reference, resumes from a checkpoint of that run, and saves what both saw, in one
+process or in each of those that `tests/support/two_processes.py` runs in.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from tests.support.adapters import LORA
+from tests.support.tiny_models import save_tiny_model
 from tests.support.training import fixed_completions, make_trainer
 from trl_grpo_ext import GRPOExtTrainer
 from trl_grpo_ext.distributed import whole
@@ -36,6 +34,10 @@ class RecordingPrompts(GRPOExtTrainer):
     def _generate_and_score_completions(self, inputs):
         self.prompts.append([example["prompt"] for example in inputs])
         return super()._generate_and_score_completions(inputs)
+
+
+def save_models(folder: Path) -> None:
+    save_tiny_model(folder)
 
 
 def vowels(completion_ids, **kwargs):
@@ -99,12 +101,7 @@ def train_without_a_batch(model_folder: str, output: Path, case: str) -> list[li
     return trainer.prompts
 
 
-def main(model_folder: str, output: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    runs: dict[str, Any] = {case: train(model_folder, Path(output), case) for case in CASES}
-    prompts = train_without_a_batch(model_folder, Path(output), "lora")
-    torch.save({"runs": runs, "prompts without a batch": prompts}, Path(output) / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def main(model: Path, output: Path, sharding: str = "none") -> None:
+    runs: dict[str, Any] = {case: train(str(model), output, case) for case in CASES}
+    prompts = train_without_a_batch(str(model), output, "lora")
+    torch.save({"runs": runs, "prompts without a batch": prompts}, output / f"rank{os.environ.get('RANK', '0')}.pt")

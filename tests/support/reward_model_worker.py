@@ -1,12 +1,9 @@
 """
-Scores fixed completions by the reward models of `tests/reward_models/test_distributed.py`, in as many processes as it
-is started in, and saves what each process saw.
-
-    accelerate launch --config_file CONFIG -m tests.support.reward_model_worker MODELS_FOLDER OUTPUT_FOLDER
+Scores fixed completions by the reward models of `tests/reward_models/test_distributed.py`, in one process or in each
+of those that `tests/support/two_processes.py` runs in, and saves what each process saw.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,10 +117,5 @@ def score(models: Path, output: Path) -> dict[str, Any]:
     return seen
 
 
-def main(models: str, output: str) -> None:
-    seen = score(Path(models), Path(output))
-    torch.save(seen, Path(output) / f"rank{os.environ.get('RANK', '0')}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def main(models: Path, output: Path, sharding: str = "none") -> None:
+    torch.save(score(models, output), output / f"rank{os.environ.get('RANK', '0')}.pt")

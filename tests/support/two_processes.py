@@ -1,0 +1,112 @@
+"""
+Runs parts of the tests in each of two processes, one part after the other: starting the processes and importing takes
+longer than any part does.
+
+    accelerate launch --config_file CONFIG -m tests.support.two_processes MODELS_FOLDER OUTPUT_FOLDER SHARDING
+
+A part finds its models in a folder of its name, and leaves what it saw in another: `rank0.pt` and `rank1.pt`, or
+`rank0.txt` and `rank1.txt` with the traceback of a failure.
+"""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from tests.support import distributed_worker, resume_worker, reward_model_worker
+from tests.support.launching import LAUNCHERS, launch
+
+
+PARTS = {"training": distributed_worker, "resuming": resume_worker, "reward_models": reward_model_worker}
+# ZeRO-2 leaves weights whole, and a reward model has nothing else
+SHARDINGS = {"training": [*LAUNCHERS], "resuming": [*LAUNCHERS], "reward_models": ["ddp", "fsdp2", "zero3"]}
+
+
+def under(*shardings: str) -> Any:
+    """
+    Run a test on what two processes saw, under each of these shardings.
+
+    The tests of one sharding, in all files, run in one worker of pytest, so that its processes are started once.
+    """
+    parameters = [pytest.param(sharding, marks=pytest.mark.xdist_group(sharding)) for sharding in shardings]
+    return pytest.mark.parametrize("two_processes", parameters, indirect=True)
+
+
+class TwoProcesses(NamedTuple):
+    """What two processes left that were started under a sharding."""
+
+    sharding: str
+    folder: Path
+
+    @classmethod
+    def started(cls, sharding: str, models: Path, folder: Path) -> "TwoProcesses":
+        """Start them, and wait until they have run all parts."""
+        for part in PARTS:
+            (folder / part).mkdir()
+        launch(sharding, "tests.support.two_processes", str(models), str(folder), sharding)
+        return cls(sharding, folder)
+
+    def seen(self, part: str) -> list[Any]:
+        """What each process saw in a part; a failure if the part failed in one of them."""
+        failures = [path.read_text() for path in sorted((self.folder / part).glob("rank*.txt"))]
+        assert not failures, "\n".join(failures)
+        return [torch.load(self.folder / part / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def save_models(folder: Path) -> None:
+    """The models of each part."""
+    for name, part in PARTS.items():
+        part.save_models(folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the two processes
+
+
+def run(part: str, models: Path, output: Path, sharding: str, port: str) -> None:
+    """Run a part in a process group of its own: what another part did to its group, or failed to do, is not seen."""
+    os.environ["MASTER_PORT"] = port
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    try:
+        PARTS[part].main(models / part, output / part, sharding)
+    except BaseException:
+        (output / part / f"rank{os.environ['RANK']}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def main(models: str, output: str, sharding: str) -> None:
+    # Before the forks, so that it is imported once
+    if sharding.startswith("zero"):
+        importlib.import_module("deepspeed")
+    launcher = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=600)
+    )
+    for part in [name for name in PARTS if sharding in SHARDINGS[name]]:
+        # A process that failed in the last part waits here for the other, which may wait for it there
+        launcher.set(f"{part} {os.environ['RANK']}", free_port())
+        port, _ = (launcher.get(f"{part} {rank}").decode() for rank in (0, 1))
+        # A fork has imported all, and has no other part's state
+        process = multiprocessing.get_context("fork").Process(
+            target=run, args=(part, Path(models), Path(output), sharding, port)
+        )
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
