@@ -104,6 +104,8 @@ _CONSTANTS: dict[str, set[Any]] = {
     f"{_TRAINER}._generate_and_score_completions": {
         *("advantages", "completion_ids", "completion_mask", "importance_sampling_ratio", "num_items_in_batch"),
         *("old_per_token_logps", "ref_per_token_logps", "tool_mask"),
+        *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
+        *("image_sizes", "image_position_ids", "token_type_ids", "mm_token_type_ids"),
         ADVANTAGE_EPS,
     },
     f"{_TRAINER}._compute_loss": {
@@ -117,7 +119,8 @@ _CONSTANTS: dict[str, set[Any]] = {
 # Fields of TRL's dataclasses
 _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
-        *("beta", "bf16", "fp16", "generation_kwargs", "hub_model_id", "importance_sampling_level", "loss_type"),
+        *("beta", "bf16", "cast_lm_head_to_fp32", "fp16", "generation_kwargs", "hub_model_id"),
+        *("importance_sampling_level", "loss_type"),
         *("mask_truncated_completions", "max_completion_length", "min_p", "model_init_kwargs"),
         *("multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold"),
         *("output_dir", "per_device_train_batch_size", "push_to_hub", "ref_model_mixup_alpha"),
@@ -163,10 +166,8 @@ PRIVATE_NAMES = {
         "transformers.utils:SAFE_WEIGHTS_INDEX_NAME",
         "transformers.utils:SAFE_WEIGHTS_NAME",
     ],
-    "kl/model_forward.py": [
-        "peft.utils:ModulesToSaveWrapper",
-        "transformers.models.mixtral.modeling_mixtral:load_balancing_loss_func",
-    ],
+    "kl/model_forward.py": ["peft.utils:ModulesToSaveWrapper"],
+    "kl/supported.py": ["peft.utils:TrainableTokensWrapper"],
     "reward_models/checkpoint.py": [
         "peft.utils.save_and_load:load_peft_weights",
         "transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",

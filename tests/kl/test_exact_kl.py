@@ -402,7 +402,10 @@ def test_logs_the_estimates_of_the_same_tokens(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_runs_the_reference_once_per_generated_batch(tiny_model, tmp_path, lora):
-    """Of 8 steps, 4 on each generated batch: 8 passes of the policy, 2 for its old log-probs, 2 of the reference."""
+    """
+    Of 8 steps, 4 on each generated batch: 8 passes of the policy, 2 for its old log-probs, 2 of the reference. Before
+    the first one, 2 passes of a few tokens compare the log-probs with the model's own.
+    """
     options = {"peft_config": lora_config()} if lora else {}
     trainer = make_trainer(
         GRPOExtTrainer,
@@ -425,7 +428,8 @@ def test_runs_the_reference_once_per_generated_batch(tiny_model, tmp_path, lora)
     if not lora:
         count("reference", trainer.ref_model)
     trainer.train()
-    assert passes == ({"policy": 8 + 2 + 2, "reference": 0} if lora else {"policy": 8 + 2, "reference": 2})
+    own = 8 + 2 + 2
+    assert passes == ({"policy": own + 2, "reference": 0} if lora else {"policy": own, "reference": 2})
 
 
 def test_mixture_of_experts_keeps_trls_auxiliary_loss(tmp_path):

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from .._trl import head_settings, let_copies_compute, use_adapter
 from .fused.predicted_gradient import SecondPassCount
 from .model_forward import ExactKLHead, active_lm_head, add_exact_kl
-from .reference import REFERENCE_ADAPTER, keep_requires_grad
+from .reference import REFERENCE_ADAPTER, evaluation_mode, keep_requires_grad
+from .supported import check_vocabularies
 
 
 class CachedReference:
@@ -50,7 +51,8 @@ class CachedReference:
             How many tokens went through the LM head a second time.
 
     Raises:
-        ValueError: the adapter changes the sequence, or the LM head is quantised.
+        ValueError: the adapter changes the sequence, the LM head is quantised, or the reference has another
+            vocabulary.
     """
 
     def __init__(
@@ -62,45 +64,56 @@ class CachedReference:
         logits_memory_bytes: int,
         direction: str,
     ):
-        self.policy = model
         self.ref_model = ref_model
         self.second_pass = SecondPassCount()
+        self._policy = model
+        self._accelerator = accelerator
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "kl_estimator='exact' needs an adapter inside the layers (LoRA and its kind): prompt learning changes "
                 "the sequence that the reference would have to see. Use 'k3', or another PEFT method."
             )
-        policy = causal_language_model(model)
+        # Before the first patch of `forward`, which hides TRL's
+        settings = head_settings(causal_language_model(model).forward)
+        self._kl_head = ExactKLHead(settings, logits_memory_bytes, direction, self.second_pass)
+        self._patched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.use(ref_model)
+
+    def use(self, ref_model: Any) -> None:
+        """
+        Compare with this reference from now on. Hidden states that are kept are those of the one before.
+
+        Args:
+            ref_model (`nn.Module` or `None`):
+                As for the class.
+
+        Raises:
+            ValueError: there is no reference, it has another vocabulary than the policy, or an LM head is quantised.
+        """
+        if ref_model is None and not isinstance(self._policy, PeftModel):
+            raise ValueError(
+                "trainer.ref_model is None, and the policy has no adapter without which it would be the reference. "
+                "Set a model, or trainer.beta to 0."
+            )
+        self.ref_model = ref_model
+        policy = causal_language_model(self._policy)
         policy_head = _checked_lm_head(policy)
         with self._active_model() as active_model:
-            reference = causal_language_model(cast(nn.Module, accelerator.unwrap_model(active_model)))
+            reference = causal_language_model(cast(nn.Module, self._accelerator.unwrap_model(active_model)))
             reference_head = _checked_lm_head(reference)
+        check_vocabularies(policy.config, reference.config)
         if ref_model is None and policy_head.weight.dtype != reference_head.weight.dtype:
             raise ValueError(
                 f"The trained LM head is {policy_head.weight.dtype} and the reference's "
                 f"{reference_head.weight.dtype}: on a quantised model TRL trains in bfloat16. Load the model with "
                 "dtype='bfloat16', or leave the head out of modules_to_save."
             )
-        kl_head = ExactKLHead(
-            # Before the first patch of `forward`, which hides TRL's
-            head_settings(policy.forward),
-            # Weak, since the patched policy outlives the trainer
-            weakref.ref(reference_head),
-            logits_memory_bytes,
-            direction,
-            self.second_pass,
-        )
-        let_copies_compute(policy)
-        add_exact_kl(policy, kl_head)
-        if ref_model is not None:
-            add_exact_kl(reference, kl_head)
-
-    def is_reference(self, model: nn.Module) -> bool:
-        """Whether a forward of `model` now is the reference's, which with PEFT depends on the active adapter."""
-        if self.ref_model is not None:
-            return model is self.ref_model
-        status = cast(PeftModel, self.policy).get_model_status()
-        return status.enabled is False or status.active_adapters == [REFERENCE_ADAPTER]
+        self._kl_head.reference_head = weakref.ref(reference_head)
+        if not self._patched:
+            let_copies_compute(policy)
+        for model in {policy, reference} - set(self._patched):
+            add_exact_kl(model, self._kl_head)
+            self._patched.add(model)
 
     def hidden_state_forward(self, model: nn.Module, num_tokens: int) -> Callable[..., Any]:
         """
@@ -117,7 +130,9 @@ class CachedReference:
         """
 
         def forward(**kwargs: Any) -> Any:
-            output = model(**kwargs, return_hidden_states=True)
+            # With PEFT the reference is the policy in training, and its dropout would be a difference between the two
+            with evaluation_mode(model):
+                output = model(**kwargs, return_hidden_states=True)
             # A copy, so that the prompts' hidden states can be freed
             output.log_probs = output.log_probs[:, -num_tokens:].clone()
             return output
@@ -157,7 +172,7 @@ class CachedReference:
         if self.ref_model is not None:
             yield self.ref_model
             return
-        policy = cast(PeftModel, self.policy)
+        policy = cast(PeftModel, self._policy)
         adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None
         with keep_requires_grad(policy), use_adapter(policy, adapter):
             yield policy

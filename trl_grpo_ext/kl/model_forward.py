@@ -12,7 +12,8 @@ and one backward.
 import functools
 import types
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +22,6 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._trl import FusedCausalLMOutput, HeadSettings, maybe_gather_lm_head_ctx, unbound_forward
 from ..loss import ClippedLossGradient
@@ -45,28 +45,30 @@ class ExactKLOutput(FusedCausalLMOutput):
     ref_log_probs: torch.Tensor | None = None
 
 
-class ExactKLHead(NamedTuple):
+@dataclass
+class ExactKLHead:
     """
     What turns the hidden states of policy and reference into the exact KL.
 
     Args:
         settings (`HeadSettings`):
             How hidden states become logits, as TRL resolved it.
-        reference_head (`weakref.ref` of `nn.Linear`):
-            The reference's LM head.
         logits_memory_bytes (`int`):
             Bytes that logits may take at one moment.
         direction (`str`):
             A key of [`~trl_grpo_ext.kl.divergences.DIVERGENCES`].
         second_pass ([`~trl_grpo_ext.kl.fused.predicted_gradient.SecondPassCount`]):
             Counts the tokens that go through the policy's head a second time.
+        reference_head (`weakref.ref` of `nn.Linear`, *optional*):
+            The LM head of the reference in use.
     """
 
     settings: HeadSettings
-    reference_head: weakref.ref[nn.Linear]
     logits_memory_bytes: int
     direction: str
     second_pass: SecondPassCount
+    # Weak, since the patched policy outlives the trainer
+    reference_head: weakref.ref[nn.Linear] | None = None
 
 
 def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
@@ -99,8 +101,8 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
             return forward(self, *args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         kwargs.pop("fused_lm_head")
-        outputs = self.base_model(*args, use_cache=False, **kwargs)
-        hidden_states = outputs.last_hidden_state[:, :-1]
+        backbone = _run_backbone(self, forward, *args, **kwargs)
+        hidden_states = backbone.hidden_states[:, :-1]
         if return_hidden_states:
             return ExactKLOutput(log_probs=hidden_states)
         ref_hidden_BTH = cast(torch.Tensor, ref_hidden_states)
@@ -113,20 +115,61 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
             kl_head,
             predicted_gradient,
         )
-        if kwargs.get("output_router_logits"):
-            output.aux_loss = _router_loss(self, outputs, kwargs.get("attention_mask"))
+        output.aux_loss = backbone.aux_loss
         return output
 
     model.forward = types.MethodType(exact_kl_forward, model)
 
 
-def _router_loss(model: PreTrainedModel, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """A mixture of experts' load-balancing loss, which the model's own forward would have added."""
-    text_config = model.config.get_text_config()
-    loss = load_balancing_loss_func(
-        outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
-    )
-    return cast(torch.Tensor, loss)
+class _BackboneOutput(NamedTuple):
+    """Last hidden states `(B, L, H)`, and a mixture of experts' load-balancing loss where it was asked for."""
+
+    hidden_states: torch.Tensor
+    aux_loss: torch.Tensor | None
+
+
+def _run_backbone(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> _BackboneOutput:
+    """
+    Run the model without its LM head; with the routers' loss, as the model itself makes it.
+
+    Each family of models has its own loss, number of experts, and name for it. So the model's own forward makes the
+    loss, and only the logits of one position.
+
+    Raises:
+        ValueError: the model makes no such loss.
+    """
+    if not kwargs.get("output_router_logits"):
+        return _BackboneOutput(model.base_model(*args, use_cache=False, **kwargs).last_hidden_state, None)
+    outputs: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with logits_of_last(model, 1):
+            aux_loss = forward(model, *args, use_cache=False, **kwargs).aux_loss
+    finally:
+        hook.remove()
+    if aux_loss is None:
+        raise ValueError(
+            f"router_aux_loss_coef weights a load-balancing loss, and {type(model).__name__} makes none. Set "
+            "router_aux_loss_coef=0."
+        )
+    hidden_states = outputs[0].last_hidden_state
+    # The number 0 where no layer has a router
+    return _BackboneOutput(hidden_states, torch.as_tensor(aux_loss, device=hidden_states.device))
+
+
+@contextmanager
+def logits_of_last(model: PreTrainedModel, count: int) -> Iterator[None]:
+    """
+    The model's own forward computes the logits of the last `count` positions only.
+
+    Not all models have the argument `logits_to_keep`.
+    """
+    head = cast(nn.Module, model.get_output_embeddings())
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, -count:],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def active_lm_head(model: PreTrainedModel) -> nn.Linear:
@@ -167,7 +210,7 @@ def _exact_kl_output(
     """Run the fused head on the labelled tokens only, and put its statistics back in place."""
     settings = kl_head.settings
     policy = _HeadParameters.of(policy_head)
-    reference_head = cast(nn.Linear, kl_head.reference_head())
+    reference_head = cast(Any, kl_head.reference_head)()
     reference = None if reference_head is policy_head else _HeadParameters.of(reference_head)
     # With a model split over devices, the head can live on another one than the backbone's end
     device = policy.weight.device

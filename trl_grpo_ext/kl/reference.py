@@ -35,6 +35,43 @@ def keep_requires_grad(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """
+    Every module of the model is in evaluation mode inside the context, and in its own mode again after it.
+
+    Whatever is random in a forward pass asks for the mode of its own module: layers of dropout, attention that is
+    given a probability, the dropout of an adapter, the jitter of a router. Linear layers, in which nothing is random,
+    stay as they are: on a CPU bitsandbytes packs a quantised one anew in evaluation mode, with other scales.
+    """
+    trained = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
+    try:
+        for module in trained:
+            module.training = False
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def is_reference(model: Any, ref_model: Any, policy: nn.Module) -> bool:
+    """
+    Whether a forward pass of `model` now is the reference's, which with PEFT depends on the active adapter.
+
+    Args:
+        model (`nn.Module`):
+            The model that is about to run.
+        ref_model (`nn.Module` or `None`):
+            TRL's separate reference model. `None` with PEFT.
+        policy (`nn.Module`):
+            The policy, unwrapped.
+    """
+    if ref_model is not None or not isinstance(policy, PeftModel):
+        return model is ref_model
+    status = policy.get_model_status()
+    return status.enabled is False or status.active_adapters == [REFERENCE_ADAPTER]
+
+
 def policy_adapter(model: PeftModel) -> str:
     """
     The name of the adapter that is trained.

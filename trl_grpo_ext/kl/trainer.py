@@ -1,6 +1,7 @@
 """The part of the trainer that knows the KL: its reference, and its term in the loss."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -25,15 +26,19 @@ from ..loss import (
 )
 from .cached_reference import CachedReference, causal_language_model, take_hidden_states
 from .estimates import kl_estimate, weight_by_ratio
+from .own_logits import OwnLogits
 from .reference import (
     OnSync,
     adapter_reference,
     check_adapter,
+    evaluation_mode,
+    is_reference,
     keep_requires_grad,
     move_adapter_reference,
     prepare_adapter_reference,
 )
 from .start import explain_difference, tolerance
+from .supported import check_head_cast, check_model
 
 
 logger = logging.get_logger(__name__)
@@ -59,9 +64,12 @@ class KLTrainer(GRPOTrainer):
         # called "default", and fails for a model that has trained before, which has a copy. With `beta` at 0 it leaves
         # the reference to this package. TRL also refuses to move a reference under PEFT.
         continues = isinstance(model, PeftModel) and args.beta != 0.0
+        has_adapter = isinstance(model, PeftModel) or kwargs.get("peft_config") is not None
+        check_head_cast(model, args, has_adapter=has_adapter)
         with swapped(args, sync_ref_model=False, beta=0.0 if continues else args.beta):
             super().__init__(model=model, args=args, **kwargs)
         self.beta = args.beta
+        check_model(causal_language_model(cast(nn.Module, self.model)), is_exact=args.kl_estimator == "exact")
         self._sequence_token = args.importance_sampling_level == "sequence_token"
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
@@ -71,6 +79,7 @@ class KLTrainer(GRPOTrainer):
             let_copies_compute(causal_language_model(cast(nn.Module, self.model)))
         self._loaded_from_path = isinstance(model, str)
         self._start_is_checked = False
+        self._own_logits = OwnLogits(self.accelerator, args.temperature, cast(int, self._tokenizer.pad_token_id))
 
     def _prepare_reference(self, continues: bool) -> CachedReference | None:
         """
@@ -105,8 +114,18 @@ class KLTrainer(GRPOTrainer):
         """Move the reference, unless TRL's callback has done so, and drop the hidden states of the old one."""
         if self.ref_model is None:
             move_adapter_reference(self._unwrapped(self.model), self.args.ref_model_mixup_alpha)
+        self._drop_hidden_states()
+
+    def _drop_hidden_states(self) -> None:
         for batch in self._buffered_inputs or []:
             batch.pop("ref_hidden_states", None)
+
+    def _follow_reference(self) -> None:
+        """Compare with the `ref_model` of now, which a callback may have set, as TRL does."""
+        reference = self._reference
+        if reference is not None and self.beta != 0.0 and reference.ref_model is not self.ref_model:
+            reference.use(self.ref_model)
+            self._drop_hidden_states()
 
     def _unwrapped(self, model: Any) -> Any:
         return self.accelerator.unwrap_model(model)
@@ -156,22 +175,31 @@ class KLTrainer(GRPOTrainer):
         return self.args.uses_trl_kl and type(self).per_token_kl is KLTrainer.per_token_kl
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._reference is not None and not torch.is_grad_enabled() and self._reference.is_reference(model):
-            model = self._reference.hidden_state_forward(model, logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+        forward = model
+        context: AbstractContextManager[Any] = nullcontext()
+        policy = self._unwrapped(self.model)
+        if not (self.args.uses_trl_kl or torch.is_grad_enabled()) and is_reference(model, self.ref_model, policy):
+            context = evaluation_mode(model)
+            if self._reference is not None:
+                forward = self._reference.hidden_state_forward(model, logits_to_keep)
+        with context:
+            return super()._get_per_token_logps_and_entropies(
+                forward, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
 
     def _generate_and_score_completions(self, inputs):
+        self._follow_reference()
         # TRL activates the reference's adapter here, whereupon PEFT lets all of the policy's train
         with keep_requires_grad(cast(nn.Module, self.model)):
             output = super()._generate_and_score_completions(inputs)
         # A callback may have set `beta` to 0, and then TRL runs no reference
         if self._reference is not None and self.beta != 0.0:
             output["ref_hidden_states"] = take_hidden_states(output)
+            self._own_logits.check(self.model, output, super()._get_per_token_logps_and_entropies)
         return output
 
     def _compute_loss(self, model, inputs):
+        self._follow_reference()
         inputs = dict(inputs)
         outputs: list[Any] = []
         policy_forward = model
