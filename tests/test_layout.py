@@ -42,7 +42,7 @@ PURE = [
 ]
 MAY_USE_UPSTREAM = [
     *("checkpoints/trainer.py", "config.py", "distributed.py", "trainer.py"),
-    *("kl/cached_reference.py", "kl/model_forward.py", "kl/reference.py", "kl/trainer.py"),
+    *("kl/cached_reference.py", "kl/model_forward.py", "kl/own_logits.py", "kl/reference.py", "kl/trainer.py"),
     *("reward_models/backbone.py", "rewards/sources.py", "steps/step_reward.py"),
 ]
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common
