@@ -1,7 +1,7 @@
 """
 GRPO with process supervision, weighted reward sources and an exact KL, for any model, data and reward sources.
 
-    accelerate launch recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml --learning_rate 1e-4
+    python recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml --learning_rate 1e-4
 
 All fields of [`ScriptArguments`], [`~trl_grpo_ext.GRPOExtConfig`] and [`~trl.ModelConfig`] can stand in the YAML file
 and on the command line, which wins. `--help` lists them.

@@ -1,7 +1,7 @@
 """
 Quickstart: a small policy learns running sums with GRPO under process supervision. Offline, on a CPU, in minutes.
 
-    pip install -e ".[recipes]" && accelerate launch recipes/quickstart.py
+    pip install -e ".[recipes]" && python recipes/quickstart.py
 
 The task: after `3+4-2+5-1=` the policy writes a step per operation, then the answer: `3+4=7;7-2=5;5+5=10;10-1=9;#9`.
 The policy, a Llama of 0.6 million parameters, is first fine-tuned on worked solutions until about half of its answers

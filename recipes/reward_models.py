@@ -1,7 +1,7 @@
 """
 Reward models of your own: a PRM, an ORM and a rule, weighted, train a small policy. Offline, on a CPU, in minutes.
 
-    accelerate launch recipes/reward_models.py
+    python recipes/reward_models.py
 
 The task and the policy are those of `quickstart.py`, but no reward is computed by exact arithmetic:
 

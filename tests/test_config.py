@@ -329,5 +329,17 @@ def test_a_mistaken_name_is_met_with_the_right_one(changes, error, message):
         config(**changes)
 
 
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}])
+def test_checkpointing_is_trls_without_a_word_of_its_new_name(changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trls = GRPOConfig(**COMMON, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        ours = config(**changes)
+    assert ours.gradient_checkpointing == trls.gradient_checkpointing == (changes == {})
+    assert ours.to_dict().get("activation_checkpointing") == trls.to_dict().get("activation_checkpointing")
+
+
 def test_a_single_weight_may_stand_without_a_list():
     assert config(reward_weights=0.5).reward_weights == [0.5]

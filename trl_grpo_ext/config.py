@@ -164,6 +164,7 @@ class GRPOExtConfig(GRPOConfig):
 
     def __post_init__(self):
         _check_loss_type(self)
+        _rename_checkpointing(self)
         super().__post_init__()
         if _is_number(self.reward_weights):
             # As a YAML file may have it for a single source
@@ -223,6 +224,15 @@ class GRPOExtConfig(GRPOConfig):
                 raise ValueError(
                     f"{field_name} has {len(values)} entries for {len(names)} reward sources ({', '.join(names)})."
                 )
+
+
+def _rename_checkpointing(config: GRPOExtConfig) -> None:
+    """Give transformers 5.23 and later TRL's `gradient_checkpointing` under its new name, before they warn of it."""
+    if "activation_checkpointing" in [known.name for known in fields(config)]:
+        if config.activation_checkpointing is None:
+            config.activation_checkpointing = config.gradient_checkpointing
+        if config.activation_checkpointing_kwargs is None:
+            config.activation_checkpointing_kwargs = config.gradient_checkpointing_kwargs
 
 
 def _as_list(names: list[str] | None) -> list[str] | None:

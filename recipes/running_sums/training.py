@@ -64,10 +64,13 @@ def training_settings(args: SumsArguments) -> dict[str, Any]:
 
 def start_process(seed: int) -> PartialState:
     """Seed this process, connect it with the others that were launched, and silence output about other models."""
-    # TRL sets an argument that transformers is about to retire
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    # TRL 1.16 reads this attribute of every model, under the name that transformers is about to retire
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     # These bars count the files of a model, and this one has a single file
     transformers.logging.disable_progress_bar()
     set_seed(seed)
+    if not torch.accelerator.is_available():
+        # On a model of this size more threads cost more than they gain
+        torch.set_num_threads(1)
     # Without `cpu`, processes launched on a machine without a GPU would not find each other
     return PartialState(cpu=not torch.accelerator.is_available())

