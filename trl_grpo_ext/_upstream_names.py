@@ -119,8 +119,8 @@ _CONSTANTS: dict[str, set[Any]] = {
 # Fields of TRL's dataclasses
 _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
-        *("beta", "bf16", "cast_lm_head_to_fp32", "fp16", "generation_kwargs", "hub_model_id"),
-        *("importance_sampling_level", "loss_type"),
+        *("beta", "bf16", "cast_lm_head_to_fp32", "fp16", "generation_kwargs", "gradient_checkpointing"),
+        *("gradient_checkpointing_kwargs", "hub_model_id", "importance_sampling_level", "loss_type"),
         *("mask_truncated_completions", "max_completion_length", "min_p", "model_init_kwargs"),
         *("multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold"),
         *("output_dir", "per_device_train_batch_size", "push_to_hub", "ref_model_mixup_alpha"),
