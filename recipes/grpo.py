@@ -4,7 +4,7 @@ GRPO with process supervision, weighted reward sources and an exact KL, for any 
     python recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml --learning_rate 1e-4
 
 All fields of [`ScriptArguments`], [`~trl_grpo_ext.GRPOExtConfig`] and [`~trl.ModelConfig`] can stand in the YAML file
-and on the command line, which wins. `--help` lists them.
+and on the command line, which wins. `--help` lists them. A file for `trl grpo` can be used as it is.
 """
 
 import importlib
@@ -18,26 +18,40 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import trl.rewards
 from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import set_seed
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, open_reward_models
 
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TASK_PREFIX = "reasoning_gym:"
+# What `trl grpo` takes without a module
+TRL_REWARDS = (
+    "accuracy_reward",
+    "reasoning_accuracy_reward",
+    "think_format_reward",
+    "get_soft_overlong_punishment",
+)
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(GRPOScriptArguments, DatasetMixtureConfig):
     """
     What to train on and what to reward.
 
+    The fields of TRL's script are here too: `dataset_name` with `dataset_config`, `dataset_train_split`,
+    `dataset_test_split` and `dataset_streaming`, or `datasets` with `streaming` and `test_split_size`, in place of
+    `dataset`; `reward_model_name_or_path` before `reward_funcs`. They mean what they mean there.
+
     Args:
-        dataset (`str`):
+        dataset (`str`, *optional*):
             A Hub dataset id, a folder, a `.jsonl`, `.json`, `.parquet` or `.csv` file, or a reasoning-gym task as
             `reasoning_gym:chain_sum`.
-        reward_funcs (`list[str]`):
+        reward_funcs (`list[str]`, *optional*):
             The reward sources, in the order of `reward_weights`; see [`load_reward`].
         reward_model_options (`dict`, *optional*):
             A mapping in YAML, JSON on the command line: keyword arguments of
@@ -46,8 +60,9 @@ class ScriptArguments:
         dataset_options (`dict`, *optional*):
             A mapping in YAML, JSON on the command line. For a reasoning-gym task its options (`size`, `seed`,
             `min_terms`, ...), otherwise keyword arguments of [`~datasets.load_dataset`] (`name`, `revision`, ...).
-        train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on; slices such as `train[:90%]` work. Not for reasoning-gym tasks.
+        train_split (`str`, *optional*):
+            Split to train on; slices such as `train[:90%]` work. Not for reasoning-gym tasks. By default that of
+            `dataset_train_split`, `"train"`.
         eval_split (`str`, *optional*):
             Split to evaluate on. Not for reasoning-gym tasks.
         eval_size (`int`, *optional*, defaults to `0`):
@@ -62,14 +77,16 @@ class ScriptArguments:
             line. With these or a system prompt, a string prompt becomes a user message.
     """
 
-    dataset: str = field(
-        metadata={"help": "Hub dataset id, folder, .jsonl/.json/.parquet/.csv file or `reasoning_gym:TASK`."}
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub dataset id, folder, .jsonl/.json/.parquet/.csv file or `reasoning_gym:TASK`."},
     )
-    reward_funcs: list[str] = field(
+    reward_funcs: list[str] | None = field(
+        default=None,
         metadata={
             "help": "Reward sources, in order: `package.module.function`, `package.module:function`, "
-            "`path/to/file.py:function`, or a reward model's Hub id or folder."
-        }
+            "`path/to/file.py:function`, a reward model's Hub id or folder, or a name of TRL's script."
+        },
     )
     reward_model_options: dict[str, Any] | str | None = field(
         default=None,
@@ -79,7 +96,9 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Options of the reasoning-gym task, or keyword arguments of load_dataset, as JSON."},
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on. Default: that of dataset_train_split."}
+    )
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     eval_size: int = field(default=0, metadata={"help": "Rows to hold out from the training data for evaluation."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
@@ -89,8 +108,13 @@ class ScriptArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         # A YAML string where a list belongs reaches the parser as it is
-        self.reward_funcs = [self.reward_funcs] if isinstance(self.reward_funcs, str) else self.reward_funcs
+        functions = [self.reward_funcs] if isinstance(self.reward_funcs, str) else self.reward_funcs or []
+        model = self.reward_model_name_or_path
+        self.reward_funcs = functions if model is None else [model, *functions]
+        if not self.reward_funcs:
+            raise ValueError("reward_funcs is missing: the reward sources, in order.")
         self.reward_model_options = parse_json(self.reward_model_options, "reward_model_options", dict) or {}
         self.dataset_options = parse_json(self.dataset_options, "dataset_options", dict) or {}
         self.examples = parse_json(self.examples, "examples", list) or []
@@ -98,6 +122,17 @@ class ScriptArguments:
             raise ValueError(f"examples must be [question, answer] pairs; got {self.examples!r}.")
         if self.eval_split is not None and self.eval_size:
             raise ValueError("Give eval_split or eval_size, not both.")
+        self.train_split = self.train_split or self.dataset_train_split
+        self._take_dataset_name()
+
+    def _take_dataset_name(self) -> None:
+        """Bring TRL's names of a data set to those of this script; `datasets` wins over both, as in TRL."""
+        if bool(self.dataset) == bool(self.dataset_name or self.datasets):
+            raise ValueError("Give the data as dataset, or under TRL's names, dataset_name or datasets.")
+        if self.dataset is None:
+            self.dataset = self.dataset_name
+            options = {"name": self.dataset_config, "streaming": self.dataset_streaming}
+            self.dataset_options = {name: value for name, value in options.items() if value} | self.dataset_options
 
 
 def parse_json(value: Any, name: str, kind: type) -> Any:
@@ -129,15 +164,23 @@ def load_reward(spec: str) -> Any:
     """
     if looks_like_model(spec):
         return spec
+    if spec in TRL_REWARDS:
+        return load_trl_reward(spec)
     where, _, name = spec.rpartition(":")
     if not where:
         if spec.endswith(".py"):
             raise ValueError(f"reward_funcs: {spec!r} names a file; write {spec}:FUNCTION.")
         where, _, name = spec.rpartition(".")
     if not where:
+        close = get_close_matches(spec, TRL_REWARDS) or TRL_REWARDS
         raise ValueError(
             f"reward_funcs: {spec!r} is neither module.function, module:function, file.py:function, nor a reward "
-            "model's folder or organisation/name on the Hub."
+            f"model's folder or organisation/name on the Hub, nor one of TRL's: {', '.join(close)}."
+        )
+    if not (name.isidentifier() and (where.endswith(".py") or where.replace(".", "").isidentifier())):
+        raise ValueError(
+            f"reward_funcs: {spec!r} is not the import path of a function, and no folder. A reward model on the Hub "
+            "is ORGANISATION/NAME."
         )
     module = load_file(where, spec) if where.endswith(".py") else load_module(where, spec)
     try:
@@ -154,6 +197,13 @@ def load_reward(spec: str) -> Any:
     if not callable(source):
         raise ValueError(f"reward_funcs: {spec!r} is of type {type(source).__name__}, not a function.")
     return source
+
+
+def load_trl_reward(name: str) -> Any:
+    """One of the rewards that TRL's script knows by a short name, with the settings that it has there."""
+    if name == "get_soft_overlong_punishment":
+        return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    return getattr(trl.rewards, name)
 
 
 def load_module(name: str, spec: str) -> ModuleType:
@@ -228,15 +278,26 @@ def put_before(row: dict[str, Any], messages: list[dict[str, str]]) -> dict[str,
     return {"prompt": messages + prompt}
 
 
-def load_data(args: ScriptArguments) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and evaluation rows if any were asked for."""
-    train = with_prompts(load_split(args, args.train_split), args)
-    if args.eval_split is not None:
-        if args.dataset.startswith(TASK_PREFIX):
+def load_data(args: ScriptArguments, evaluates: bool = False) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and evaluation rows if any were asked for, which TRL's names do with `eval_strategy`."""
+    # Once: TRL draws the test rows of a mixture at random
+    mixture = get_dataset(args) if args.datasets else None
+
+    def split(name: str) -> Dataset:
+        return with_prompts(load_split(args, name) if mixture is None else mixture[name], args)
+
+    train = split(args.train_split)
+    eval_split = args.eval_split
+    if eval_split is None and evaluates and not args.eval_size and (args.dataset_name or args.datasets):
+        eval_split = args.dataset_test_split
+    if eval_split is not None:
+        if mixture is None and args.dataset.startswith(TASK_PREFIX):
             raise ValueError(f"dataset {args.dataset!r} has no splits; use eval_size.")
-        return train, with_prompts(load_split(args, args.eval_split), args)
+        return train, split(eval_split)
     if args.eval_size == 0:
         return train, None
+    if not isinstance(train, Dataset):
+        raise ValueError("eval_size holds out the last rows, and streamed data has no last one; use eval_split.")
     if not 0 < args.eval_size < len(train):
         raise ValueError(f"eval_size must be between 1 and {len(train) - 1}, the training rows less one.")
     held_out = train.select(range(len(train) - args.eval_size, len(train)))
@@ -261,7 +322,9 @@ def make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    train_dataset, eval_dataset = load_data(script_args)
+    # All processes draw the same test rows
+    set_seed(training_args.seed)
+    train_dataset, eval_dataset = load_data(script_args, training_args.eval_strategy != "no")
     rewards = load_rewards(script_args.reward_funcs, training_args.reward_weights)
     if script_args.reward_model_options:
         rewards = open_reward_models(rewards, {**training_args.model_init_kwargs, **script_args.reward_model_options})
