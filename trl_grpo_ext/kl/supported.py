@@ -22,20 +22,20 @@ def check_model(model: PreTrainedModel, *, is_exact: bool) -> None:
             left to TRL with a warning otherwise.
     """
     name = type(model).__name__
-    if model.base_model is model:
-        raise ValueError(
-            f"{name} has no backbone that TRL would find (its base_model is the model itself), so that there are no "
-            "hidden states to compute log-probs from, with any kl_estimator. Use the model that "
-            "AutoModelForImageTextToText or AutoModelForCausalLM loads of this family, or another family."
-        )
+    has_backbone = model.base_model is not model
     if model.config.is_encoder_decoder:
         message = (
-            f"{name} is an encoder-decoder. TRL gives prompt and completion to its encoder, which sees the tokens "
-            "that are to be predicted. Use a decoder-only model."
+            f"{name} is an encoder-decoder. TRL would give prompt and completion to its encoder, which would see the "
+            "tokens that are to be predicted. Use a decoder-only model."
         )
-        if is_exact:
+        if is_exact or not has_backbone:
             raise ValueError(message)
         logger.warning(message)
+    elif not has_backbone:
+        raise ValueError(
+            f"TRL finds no backbone in {name} (its base_model is the model itself), so that there are no hidden "
+            "states to compute log-probs from, with any kl_estimator. Use a model of another family."
+        )
     if isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
         raise ValueError(
             "trainable_token_indices on tied embeddings changes the LM head too, whose weight TRL cannot read. Untie "
@@ -67,24 +67,28 @@ def check_head_cast(model: Any, args: Any, *, has_adapter: bool) -> None:
     if config.tie_word_embeddings:
         raise ValueError(
             "cast_lm_head_to_fp32=True with an adapter on a model of tied embeddings fails in TRL, which looks for "
-            "the embeddings under the adapter. Use cast_lm_head_to_fp32=False, load the model in float32, or untie "
-            "the embeddings (tie_word_embeddings=False in the model's config)."
+            "the embeddings under the adapter. Use cast_lm_head_to_fp32=False, or untie the embeddings "
+            "(tie_word_embeddings=False in the model's config)."
         )
 
 
-def check_vocabularies(config: Any, ref_config: Any) -> None:
+def check_vocabularies(config: Any, ref_config: Any, num_tokens: int | None = None) -> None:
     """
-    Raise `ValueError` if policy and reference do not predict the same tokens.
+    Raise `ValueError` if the reference does not know the tokens that it will be asked for.
 
     Args:
         config, ref_config ([`~transformers.PreTrainedConfig`]):
             Of the two causal language models.
+        num_tokens (`int`, *optional*):
+            How many tokens the tokenizer has, for a KL that is estimated from sampled tokens. The exact KL needs one
+            vocabulary.
     """
     size = config.get_text_config().vocab_size
     ref_size = ref_config.get_text_config().vocab_size
-    if size != ref_size:
-        raise ValueError(
-            f"The policy's vocabulary has {size} tokens and the reference's, loaded from "
-            f"'{ref_config.name_or_path}', {ref_size}, so that there is no KL between the two. Resize the embeddings "
-            "first, save the model and its tokenizer, and pass the folder."
-        )
+    if size == ref_size or (num_tokens is not None and min(size, num_tokens) <= ref_size):
+        return
+    raise ValueError(
+        f"The policy's vocabulary has {size} tokens, and that of the reference, which is loaded from "
+        f"'{ref_config.name_or_path}', {ref_size}. Resize the embeddings first, save the model and its tokenizer, and "
+        "pass the folder, so that both start from there."
+    )

@@ -38,7 +38,7 @@ from .reference import (
     prepare_adapter_reference,
 )
 from .start import explain_difference, tolerance
-from .supported import check_head_cast, check_model
+from .supported import check_head_cast, check_model, check_vocabularies
 
 
 logger = logging.get_logger(__name__)
@@ -104,6 +104,9 @@ class KLTrainer(GRPOTrainer):
                 logits_memory_bytes=self.args.logits_memory_bytes,
                 direction=self.args.kl_direction,
             )
+        elif self.ref_model is not None:
+            ref_config = self._unwrapped(self.ref_model).config
+            check_vocabularies(cast(Any, self.model).config, ref_config, num_tokens=len(self._tokenizer))
         if moves and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(cast(nn.Module, self.ref_model), self.accelerator))
         if moves:
