@@ -160,6 +160,8 @@ def test_a_combination_that_does_not_work_is_refused_with_the_way_out(combinatio
         {"importance_sampling_level": "sequence"},
         {**PROCESS, "importance_sampling_level": "sequence_token"},
         {**PROCESS, "advantage_estimator": "pooled", "gamma": [0.9, 0.9]},
+        # A source of weight 0 is in no sum
+        {**PROCESS, "advantage_estimator": "pooled", "gamma": [0.9, 1.0, 0.9], "reward_weights": [1.0, 0.0, 2.0]},
         {
             **PROCESS,
             "advantage_estimator": "step",

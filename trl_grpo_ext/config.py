@@ -340,7 +340,7 @@ def _check_process(config: GRPOExtConfig) -> None:
             "supervision='process' a completion has advantages of both signs, and it would drop their negative tokens "
             "only. Leave it at None."
         )
-    several = isinstance(config.gamma, list) and len(set(config.gamma)) > 1
+    several = len(set(_counted_gammas(config.gamma, config.reward_weights))) > 1
     merges = config.multi_objective_aggregation == "sum_then_normalize"
     if several and merges and find_estimator(config.advantage_estimator).normalizes == "step_rewards":
         raise ValueError(
@@ -348,6 +348,14 @@ def _check_process(config: GRPOExtConfig) -> None:
             f"rewards before they are discounted, so it takes one gamma; got {config.gamma}. Use one gamma, or "
             "multi_objective_aggregation='normalize_then_sum'."
         )
+
+
+def _counted_gammas(gamma: Any, weights: Any) -> list[float]:
+    """The discounts, without those of sources of weight 0, which are in no sum."""
+    gammas = gamma if isinstance(gamma, list) else [gamma]
+    if weights is None or len(weights) != len(gammas):
+        return gammas
+    return [value for value, weight in zip(gammas, plain(weights), strict=True) if weight != 0]
 
 
 def _check_sync(config: GRPOExtConfig) -> None:

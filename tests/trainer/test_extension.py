@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import re
 
 import pytest
@@ -224,3 +225,55 @@ def test_another_trainer_with_this_config_is_told_that_it_ignores_fields(
     trainer_class(tiny_model, [reward], args, train_dataset=dataset).train()
     found = [re.match(r"the trainer of this GRPOExtConfig does not read (.*?)\.", str(w.message)) for w in recwarn]
     assert [match[1] for match in found if match] == warned
+
+
+def test_a_joint_class_with_defaults_trains_as_the_other_trainer(tiny_model, tmp_path):
+    class Joint(GRPOExtTrainer, GMPOTrainer):
+        pass
+
+    def run(trainer_class):
+        trainer = make_trainer(
+            trainer_class, tiny_model, [lengths], tmp_path / trainer_class.__name__, max_steps=2, learning_rate=0.1,
+            trainer_options={"rollout_func": fixed_completions([3, 5, 4, 6])}, beta=0.1,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    gmpo, joint = run(GMPOTrainer), run(Joint)
+    assert [entry.get("loss") for entry in joint.state.log_history] == [e.get("loss") for e in gmpo.state.log_history]
+    for name, value in gmpo.model.state_dict().items():
+        assert torch.equal(joint.model.state_dict()[name], value)
+
+
+def lengths(completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def constant(completion_ids, **columns):
+    return [1.0 for _ in completion_ids]
+
+
+def test_what_is_logged_beside_trls_is_what_can_vary(tiny_model, tmp_path):
+    """Not the number of steps of an outcome source, and no correlation with one that never varies."""
+
+    def keys(trainer_class, **config):
+        rows = fixed_completions([3, 5, 4, 6])
+        trainer = make_trainer(
+            trainer_class, tiny_model, [judge if config else lengths, lengths, constant], tmp_path, max_steps=1,
+            trainer_options={"rollout_func": rows}, **config,
+        )  # fmt: skip
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        # TensorBoard complains of a value that is None
+        assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in entry.values())
+        return set(entry)
+
+    of_trl = keys(GRPOTrainer)
+    unjudged = {f"rewards/{name}/unjudged" for name in ("lengths", "constant")}
+    by_default = unjudged | {"policy_loss", "advantages/positive_share"}
+    assert keys(GRPOExtTrainer) - of_trl == by_default
+    steps = {"mean", "std", "step_mean", "step_std", "steps", "tokens_per_step", "unjudged", "unscored"}
+    added = {f"rewards/judge/{name}" for name in [*steps, "corr/lengths"]}
+    added |= {"kl", "kl_loss", "kl/k1", "kl/k3", "kl/second_pass_share"}
+    found = keys(GRPOExtTrainer, supervision="process", beta=0.1, kl_estimator="exact")
+    assert found - of_trl == by_default | added
