@@ -279,15 +279,16 @@ def likely_cause(config: Any, *, by_padding: bool) -> str:
     fields = {name: value for name, value in text_config.to_dict().items() if _is_number(value)}
     known = {name: fields[name] for name in _KNOWN_FIELDS if name in fields and fields[name] != 1}
     if known:
-        where = "the text config" if text_config is not config else "the config"
+        neutral = " and ".join(f"{name}={None if 'softcap' in name else 1.0}" for name in known)
         return (
-            f"TRL scales or caps the logits by {_listed(known)} of {where}, which this model's forward seems not to "
-            "do. Set it to 1 (a soft cap to None) before you pass the model."
+            f"TRL scales or caps the logits by the text config's {_listed(known)}, which this model's forward seems "
+            f"not to do. Set {neutral} in model.config.get_text_config(), and pass the model."
         )
     if others := {name: value for name, value in fields.items() if _acts_on_logits(name)}:
         return (
-            f"TRL does not know the config's {_listed(others)}. If it is a soft cap of the logits, set "
-            "final_logit_softcapping to the same value before you pass the model; if it is a factor, logit_scale."
+            f"TRL does not know the text config's {_listed(others)}. If it caps the logits, set "
+            "final_logit_softcapping to it in model.config.get_text_config(), and if it is a factor, logit_scale; and "
+            "pass the model."
         )
     return (
         "The model has layers between its backbone and its LM head, as ModernBertDecoder has, which TRL leaves out "
