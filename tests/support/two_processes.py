@@ -1,8 +1,6 @@
 """
-Runs parts of the tests in each of two processes, one part after the other: starting the processes and importing takes
-longer than any part does.
-
-    accelerate launch --config_file CONFIG -m tests.support.two_processes MODELS_FOLDER OUTPUT_FOLDER SHARDING
+Parts of the tests that run in each of two processes. The processes are started once for all of them, since starting
+and importing take longer than any part does.
 
 A part finds its models in a folder of its name, and leaves what it saw in another: `rank0.pt` and `rank1.pt`, or
 `rank0.txt` and `rank1.txt` with the traceback of a failure.
@@ -12,15 +10,12 @@ import importlib
 import multiprocessing
 import os
 import socket
-import sys
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from tests.support import distributed_worker, resume_worker, reward_model_worker
 from tests.support.launching import LAUNCHERS, launch
@@ -52,7 +47,7 @@ class TwoProcesses(NamedTuple):
         """Start them, and wait until they have run all parts."""
         for part in PARTS:
             (folder / part).mkdir()
-        launch(sharding, "tests.support.two_processes", str(models), str(folder), sharding)
+        launch(sharding, "tests.support.launched", str(models), str(folder), sharding)
         return cls(sharding, folder)
 
     def seen(self, part: str) -> list[Any]:
@@ -69,17 +64,36 @@ def save_models(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In the two processes
+# In the processes
 
 
-def run(part: str, models: Path, output: Path, sharding: str, port: str) -> None:
-    """Run a part in a process group of its own: what another part did to its group, or failed to do, is not seen."""
-    os.environ["MASTER_PORT"] = port
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+def run_parts(models: Path, output: Path, sharding: str, environments: list[dict[str, str]]) -> None:
+    """Run the parts one after the other, each in one new process for each of the environments."""
+    # Before the forks, so that it is imported once
+    if sharding.startswith("zero"):
+        importlib.import_module("deepspeed")
+    for part in [name for name in PARTS if sharding in SHARDINGS[name]]:
+        # A process group of its own: what another part did to its group, or failed to do, is not seen
+        group = {"MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        processes = [
+            multiprocessing.get_context("fork").Process(
+                target=run, args=(part, models / part, output / part, sharding, environment | group)
+            )
+            for environment in environments
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+
+def run(part: str, models: Path, output: Path, sharding: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     try:
-        PARTS[part].main(models / part, output / part, sharding)
+        PARTS[part].main(models, output, sharding)
     except BaseException:
-        (output / part / f"rank{os.environ['RANK']}.txt").write_text(traceback.format_exc())
+        (output / f"rank{os.environ['RANK']}.txt").write_text(traceback.format_exc())
         raise
 
 
@@ -87,26 +101,3 @@ def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
-
-
-def main(models: str, output: str, sharding: str) -> None:
-    # Before the forks, so that it is imported once
-    if sharding.startswith("zero"):
-        importlib.import_module("deepspeed")
-    launcher = TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=600)
-    )
-    for part in [name for name in PARTS if sharding in SHARDINGS[name]]:
-        # A process that failed in the last part waits here for the other, which may wait for it there
-        launcher.set(f"{part} {os.environ['RANK']}", free_port())
-        port, _ = (launcher.get(f"{part} {rank}").decode() for rank in (0, 1))
-        # A fork has imported all, and has no other part's state
-        process = multiprocessing.get_context("fork").Process(
-            target=run, args=(part, Path(models), Path(output), sharding, port)
-        )
-        process.start()
-        process.join()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
