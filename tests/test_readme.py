@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support import smollm2
 from tests.support.training import FixedCompletions, RecordingExtTrainer
-from trl_grpo_ext import ESTIMATORS, GRPOExtTrainer
+from trl_grpo_ext import ESTIMATORS, GRPOExtConfig, GRPOExtTrainer
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -94,3 +94,13 @@ def test_the_example_of_an_extension_runs(monkeypatch):
     exec(block_with('ESTIMATORS["above_zero"]'), names)
     assert issubclass(names["Bounded"], GRPOExtTrainer)
     assert ESTIMATORS.pop("above_zero").function is names["above_zero"]
+
+
+def test_the_example_of_a_config_of_ones_own_parses(tmp_path, monkeypatch):
+    line = f"--output_dir {tmp_path} --system_prompt Think. --supervision process --gamma 0.5 --use_cpu --bf16 false"
+    monkeypatch.setattr("sys.argv", ["train.py", *line.split(), "--dataset_name", "data"])
+    names: dict = {"__name__": "train"}
+    exec(block_with("class MyConfig"), names)
+    args = names["args"]
+    assert (args.system_prompt, args.supervision, args.gamma) == ("Think.", "process", 0.5)
+    assert isinstance(args, GRPOExtConfig) and names["script_args"].dataset_name == "data"

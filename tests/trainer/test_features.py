@@ -349,6 +349,33 @@ def test_a_batch_that_nobody_judges_moves_nothing(tiny_model, tmp_path):
     assert logged(trainer, "rewards/one/steps") == [] and logged(trainer, "advantages/positive_share") == [0.0]
 
 
+REAL = [1.0, None, 0.0, 2.0, 0.5, 1.0, None, 0.0]
+
+
+@pytest.mark.parametrize("config", [PROCESS, {**PROCESS, "advantage_estimator": "pooled"}, {"advantage_eps": 1e-8}])
+def test_a_weight_that_a_schedule_brings_to_0_takes_its_source_out_of_every_formula(tiny_model, tmp_path, config):
+    def advantages_of(sources, folder):
+        trainer = build(tiny_model, sources, tmp_path / folder, options=masked_rows(), **config)
+        # As a callback does it
+        trainer.reward_weights[1:] = 0.0
+        trainer.train()
+        return trainer.batches[0]["advantages"]
+
+    real = source("real", REAL)
+    alone = advantages_of([real], "alone")
+    assert torch.equal(advantages_of([real, source("monitor", STEPS, reduce="min")], "watched"), alone)
+    assert (alone[1] == 0).all() and (alone[3] != 0).any()
+
+
+def test_trls_own_advantages_count_what_only_a_source_of_weight_0_judges_as_0(tiny_model, tmp_path):
+    monitor = source("monitor", [0.25] * 8)
+    trainer = trained(
+        tiny_model, [source("real", REAL), monitor], tmp_path, options=masked_rows(), reward_weights=[1.0, 0.0]
+    )
+    as_judged = [[0.0 if reward is None else reward] for reward in REAL]
+    assert_advantages(trainer.batches[0], oracles.trl_outcome_advantages(as_judged, [1.0], G))
+
+
 BASELINE = {**PROCESS, "beta": 0.1, "loss_type": "grpo", "use_bias_correction_kl": False}
 
 
