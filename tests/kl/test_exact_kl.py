@@ -26,13 +26,12 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
+from tests.kl.dense import TEMPERATURE, dense_kl, dense_logps, mean_dense_kl
 from tests.support.tiny_models import save_tiny_model
 from tests.support.training import (
     FIRST_CHARACTER,
-    FixedCompletions,
     Recorder,
     assert_same_gradients,
-    dense_logits,
     fixed_completions,
     gradients,
     loss_and_gradients,
@@ -44,7 +43,6 @@ from trl_grpo_ext import GRPOExtTrainer
 
 
 BETA = 0.5
-TEMPERATURE = 0.7
 LENGTHS = [3, 7, 5, 2, 6, 6, 1, 4]
 
 
@@ -171,39 +169,12 @@ def case(request, model_folder, saved_adapter) -> Case:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The dense computation
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def at_weights(model: Any, weights: dict[str, torch.Tensor]) -> Any:
     """`model` with the recorded weights; the frozen adapter "ref" that TRL adds is not part of a copy."""
     model.load_state_dict({name: value for name, value in weights.items() if ".ref." not in name})
     return model
-
-
-def dense_kl(
-    policy: Any, reference: Any, rows: FixedCompletions, row: int, direction: str = "reverse"
-) -> torch.Tensor:
-    """`sum_v p_v (log p_v - log q_v)` at each token of one completion; "forward": `sum_v q_v (log q_v - log p_v)`."""
-    logp = dense_logits(policy, rows, row, TEMPERATURE).log_softmax(-1)
-    with torch.no_grad():
-        ref_logp = dense_logits(reference, rows, row, TEMPERATURE).log_softmax(-1)
-    if direction == "forward":
-        return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
-
-
-def dense_logps(model: Any, rows: FixedCompletions, row: int, temperature: float) -> torch.Tensor:
-    """Log-prob of each token of one completion."""
-    logps = dense_logits(model, rows, row, temperature).log_softmax(-1)
-    return logps.gather(1, torch.tensor(rows.completion_ids[row])[:, None])[:, 0]
-
-
-def mean_dense_kl(policy: Any, reference: Any, rows: FixedCompletions, direction: str = "reverse") -> torch.Tensor:
-    """Mean over all tokens, as `loss_type="dapo"` reduces it."""
-    kl_rows = [dense_kl(policy, reference, rows, row, direction) for row in range(len(rows.completion_ids))]
-    return torch.cat(kl_rows).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
