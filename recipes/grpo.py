@@ -310,6 +310,17 @@ def make_parser() -> TrlParser:
     return TrlParser((ScriptArguments, GRPOExtConfig, ModelConfig))
 
 
+def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, GRPOExtConfig, ModelConfig]:
+    """The command line, by default that of this process, and the YAML file that it names."""
+    parser = make_parser()
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        close = get_close_matches(unknown[0], options, n=1)
+        raise ValueError(f"nothing reads {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "."))
+    return tuple(parsed)
+
+
 def make_trainer(
     script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig
 ) -> GRPOExtTrainer:
@@ -354,4 +365,4 @@ def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main(*parse())

@@ -345,3 +345,13 @@ def test_checkpointing_is_trls_without_a_word_of_its_new_name(changes):
 
 def test_a_single_weight_may_stand_without_a_list():
     assert config(reward_weights=0.5).reward_weights == [0.5]
+
+
+def test_a_subclass_may_take_arguments_that_are_no_fields():
+    class Named(GRPOExtConfig):
+        def __init__(self, run, **fields):
+            super().__init__(output_dir=run, **fields)
+
+    assert Named(run="first", bf16=False, use_cpu=True, gamma=0.5, supervision="process").output_dir == "first"
+    with pytest.raises(TypeError, match="has no field 'gama'|unexpected keyword argument 'gama'"):
+        Named(run="first", gama=0.5)

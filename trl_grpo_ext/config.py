@@ -1,5 +1,6 @@
 """The configuration: TRL's, plus the fields of this package, all checked when it is built."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -154,9 +155,12 @@ class GRPOExtConfig(GRPOConfig):
     has_its_trainer = False
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        known = [field.name for field in fields(cls)]
+        parameters = inspect.signature(cls.__init__).parameters
+        # A subclass may have a constructor of its own, which takes whatever it takes
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        known = list(parameters)
         for name in kwargs:
-            if name not in known:
+            if name not in known and not takes_all:
                 nearest = get_close_matches(name, known, n=1)
                 hint = f"; did you mean '{nearest[0]}'?" if nearest else "."
                 raise TypeError(f"{cls.__name__} has no field '{name}'{hint}")
