@@ -12,6 +12,8 @@ from tests.support.training import FixedCompletions, RecordingExtTrainer
 from trl_grpo_ext import ESTIMATORS, GRPOExtConfig, GRPOExtTrainer
 
 
+# In one process with the other tests of real tokenizers, which take seconds to load
+pytestmark = pytest.mark.xdist_group("tokenizers")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # With SmolLM2's tokenizer the blank line is a token of its own, after the token that ends the sentence

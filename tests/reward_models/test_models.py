@@ -19,7 +19,11 @@ from trl_grpo_ext.rewards.types import StepRewards
 from trl_grpo_ext.steps.segmentation import Segmentation
 
 
-pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+# In one process with the other tests of these tokenizers, which take seconds to load
+pytestmark = [
+    pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages())),
+    pytest.mark.xdist_group("tokenizers of the Hub"),
+]
 
 PROBLEM = "Sue has 18 pink flamingos. How many are left if she gives away $\\frac{1}{3}$ of them?"
 SOLUTIONS = [

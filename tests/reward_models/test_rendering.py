@@ -18,7 +18,11 @@ from trl_grpo_ext.reward_models.encoding import chat_frame, encode_text, one_id
 from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns
 
 
-pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+# In one process with the other tests of these tokenizers, which take seconds to load
+pytestmark = [
+    pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages())),
+    pytest.mark.xdist_group("tokenizers of the Hub"),
+]
 
 TAGS = ["<extra_0>", " ки", "<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "+", "\n", " \n\n\n\n"]
 TEXT = st.lists(

@@ -9,6 +9,10 @@ from trl_grpo_ext.steps import alignment
 from trl_grpo_ext.steps.alignment import align_tokens, end_token, strip_special
 
 
+# In one process with the other tests of real tokenizers, which take seconds to load
+pytestmark = pytest.mark.xdist_group("tokenizers")
+
+
 def _check_ends(aligned, ids):
     assert len(aligned.token_ends) == len(ids)
     assert aligned.token_ends == sorted(aligned.token_ends)

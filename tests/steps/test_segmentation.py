@@ -14,6 +14,10 @@ from trl_grpo_ext.steps.alignment import AlignedText, align_tokens
 from trl_grpo_ext.steps.segmentation import Segmentation, segment, split_text
 
 
+# In one process with the other tests of real tokenizers, which take seconds to load
+pytestmark = pytest.mark.xdist_group("tokenizers")
+
+
 def _every_third(text):
     return range(0, len(text), 3)
 
