@@ -169,8 +169,6 @@ def case(request, model_folder, saved_adapter) -> Case:
     )
 
 
-
-
 def at_weights(model: Any, weights: dict[str, torch.Tensor]) -> Any:
     """`model` with the recorded weights; the frozen adapter "ref" that TRL adds is not part of a copy."""
     model.load_state_dict({name: value for name, value in weights.items() if ".ref." not in name})

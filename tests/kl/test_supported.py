@@ -10,6 +10,8 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     T5Config,
@@ -92,6 +94,26 @@ def test_an_encoder_decoder_that_trl_trains_is_refused_with_the_exact_kl_and_war
     with caplog.at_level(logging.WARNING):
         trainer_of(folder, tmp_path).train()
     assert "BartForConditionalGeneration is an encoder-decoder" in caplog.text
+
+
+@pytest.mark.parametrize("routers_asked", [False, True])
+def test_a_mixture_of_experts_whose_config_has_no_num_experts_trains_with_the_exact_kl(tmp_path, routers_asked):
+    """Also where the config asks for the routers' logits, and with a pass for old log-probs."""
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": routers_asked}
+    coefficient = {"router_aux_loss_coef": 0.1}
+    folder = save_tiny_model(tmp_path / "model", GraniteMoeForCausalLM, GraniteMoeConfig, **settings)
+    weighted = [{**config, **coefficient} for config in ESTIMATORS if config is not EXACT]
+    for config in [*weighted, {"router_aux_loss_coef": 0.0}] if routers_asked else weighted:
+        with pytest.raises(ValueError, match="num_experts .* config of granitemoe .* kl_estimator='exact'"):
+            trainer_of(folder, tmp_path, **config)
+    trainer = trainer_of(folder, tmp_path, num_iterations=2, **EXACT, **coefficient)
+    start, later = logged_kls(trainer)
+    assert abs(start) < 1e-8 < later
+    log = trainer.state.log_history[1]
+    assert log["aux_loss"] > 1
+    assert log["loss"] == pytest.approx(log["policy_loss"] + log["kl_loss"] + 0.1 * log["aux_loss"], rel=1e-5)
+    if not routers_asked:
+        assert logged_kls(trainer_of(folder, tmp_path, router_aux_loss_coef=0.0, num_iterations=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

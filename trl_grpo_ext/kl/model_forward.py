@@ -91,6 +91,7 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
             The reference's head and the settings.
     """
     forward = unbound_forward(model, model.forward)
+    has_routers = "output_router_logits" in model.config.get_text_config().to_dict()
 
     # Keeps the signature, against which `generate` checks its arguments
     @functools.wraps(type(model).forward)
@@ -98,6 +99,9 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
         self, *args, return_hidden_states=False, ref_hidden_states=None, predicted_gradient=None, **kwargs
     ):
         if not return_hidden_states and ref_hidden_states is None:
+            if has_routers and kwargs.get("fused_lm_head"):
+                # TRL cannot make the routers' loss of all families, and where it did not ask for it does not need it
+                kwargs.setdefault("output_router_logits", False)
             return forward(self, *args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         kwargs.pop("fused_lm_head")

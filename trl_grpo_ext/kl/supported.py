@@ -44,6 +44,28 @@ def check_model(model: PreTrainedModel, *, is_exact: bool) -> None:
         )
 
 
+def check_router_loss(config: Any, *, is_weighted: bool) -> None:
+    """
+    Raise `ValueError` if TRL fails to make a mixture of experts' load-balancing loss, which the exact KL leaves to the
+    model.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Of the causal language model.
+        is_weighted (`bool`):
+            Whether TRL adds it to the loss. It is also made where the config says `output_router_logits`.
+    """
+    text_config = config.get_text_config()
+    fields = text_config.to_dict()
+    is_made = is_weighted or fields.get("output_router_logits", False)
+    if is_made and "num_experts" not in {*fields, *text_config.attribute_map}:
+        raise ValueError(
+            f"TRL reads num_experts for the load-balancing loss, which the config of {text_config.model_type} has "
+            "under another name. Use kl_estimator='exact', which leaves that loss to the model; or "
+            "router_aux_loss_coef=0, and output_router_logits=False in the model's config."
+        )
+
+
 def check_head_cast(model: Any, args: Any, *, has_adapter: bool) -> None:
     """
     Raise `ValueError` where TRL cannot cast the LM head, before it tries.

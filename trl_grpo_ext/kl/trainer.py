@@ -38,7 +38,7 @@ from .reference import (
     prepare_adapter_reference,
 )
 from .start import explain_difference, tolerance
-from .supported import check_head_cast, check_model, check_vocabularies
+from .supported import check_head_cast, check_model, check_router_loss, check_vocabularies
 
 
 logger = logging.get_logger(__name__)
@@ -69,14 +69,17 @@ class KLTrainer(GRPOTrainer):
         with swapped(args, sync_ref_model=False, beta=0.0 if continues else args.beta):
             super().__init__(model=model, args=args, **kwargs)
         self.beta = args.beta
-        check_model(causal_language_model(cast(nn.Module, self.model)), is_exact=args.kl_estimator == "exact")
+        language_model = causal_language_model(cast(nn.Module, self.model))
+        check_model(language_model, is_exact=args.kl_estimator == "exact")
+        if args.kl_estimator != "exact":
+            check_router_loss(language_model.config, is_weighted=self.aux_loss_enabled)
         self._sequence_token = args.importance_sampling_level == "sequence_token"
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
         self._reference = self._prepare_reference(continues)
         if self._reference is None:
-            let_copies_compute(causal_language_model(cast(nn.Module, self.model)))
+            let_copies_compute(language_model)
         self._loaded_from_path = isinstance(model, str)
         self._start_is_checked = False
         self._own_logits = OwnLogits(self.accelerator, args.temperature, cast(int, self._tokenizer.pad_token_id))
