@@ -146,14 +146,26 @@ def test_an_option_that_the_script_does_not_know_is_refused(run_folder, capsys, 
     [
         ("kl_estimater: exact", "did you mean --kl_estimator"),
         ("multi_gpu: true", "takes no value, and is given 'True'"),
+        ("model_name_or_path: null", "--model_name_or_path is missing"),
+        ("reward_funcs: [Qwen/Qwen2.5-Math-PRM-7B]", "belongs into --reward_model_name_or_path"),
     ],
 )
-def test_a_key_of_the_yaml_file_that_nothing_reads_is_refused(run_folder, capsys, line, message):
+def test_a_key_of_the_yaml_file_that_nothing_reads_or_can_read_is_refused(run_folder, capsys, line, message):
     with (run_folder / "run.yaml").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(SystemExit):
         cli.launch(["--config", "run.yaml"])
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("usage: trl-grpo-ext [-h] [--config FILE.yaml] [--option value ...]\n")
+
+
+def test_a_single_reward_may_stand_without_a_list(run_folder):
+    with (run_folder / "run.yaml").open("a") as file:
+        file.write("reward_funcs: line_rewards.judge_length\nreward_weights: 0.5\ngamma: 0.9\n")
+    parsed = cli._parse(cli.make_parser(), ["--config", "run.yaml"])
+    assert parsed.script[0].reward_funcs == ["line_rewards.judge_length"]
+    assert parsed.script[1].reward_weights == [0.5]
 
 
 def test_help_lists_every_option_once_in_groups_ours_first(capsys):

@@ -42,14 +42,22 @@ _DESCRIPTION = (
 )
 
 
+_USAGE = "%(prog)s [-h] [--config FILE.yaml] [--option value ...]"
+
+
 class GroupedParser(TrlParser):
     """TRL's parser, whose help lists the options by the class that defines them, this package's own first."""
+
+    def format_usage(self) -> str:
+        """The first line of help and errors. Python's own would name 300 options."""
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage(_USAGE, [], [])
+        return formatter.format_help()
 
     def format_help(self) -> str:
         """The text of `--help`."""
         formatter = self.formatter_class(prog=self.prog)
-        # Python's own usage would name 300 options
-        formatter.add_usage("%(prog)s [-h] [--config FILE.yaml] [--option value ...]", [], [])
+        formatter.add_usage(_USAGE, [], [])
         formatter.add_text(_DESCRIPTION)
         for title, actions in self._groups().items():
             formatter.start_section(title)
@@ -145,6 +153,7 @@ def _parse(parser: GroupedParser, arguments: list[str]) -> _CommandLine:
     *script, from_file, typed = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
+    _check_script(parser, script)
     launch_options = resolve_accelerate_config_argument([*from_file, *typed])
     launched, unknown = launch_command_parser().parse_known_args([*launch_options, "--module", _PACKAGE])
     if unknown:
@@ -159,6 +168,21 @@ def _parse(parser: GroupedParser, arguments: list[str]) -> _CommandLine:
             "on the command line, or into an accelerate_config file."
         )
     return _CommandLine(script, launch_options, typed)
+
+
+def _check_script(parser: GroupedParser, script: list[Any]) -> None:
+    """Bring a single reward to a list, and refuse by name what TRL's script would stumble over."""
+    script_args, _, model_args, _ = script
+    if isinstance(script_args.reward_funcs, str):
+        script_args.reward_funcs = [script_args.reward_funcs]
+    if model_args.model_name_or_path is None:
+        parser.error("--model_name_or_path is missing: a model's id on the Hub, or its folder")
+    for spec in script_args.reward_funcs or []:
+        if not spec.replace(".", "").isidentifier():
+            parser.error(
+                f"--reward_funcs takes import paths of functions, package.module.function, and {spec!r} is none. The "
+                "id or folder of a reward model belongs into --reward_model_name_or_path"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
