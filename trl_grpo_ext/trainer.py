@@ -196,12 +196,14 @@ class GRPOExtTrainer(ModelCardTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         sources = self._wrap_sources()
+        is_outcome = self.args.supervision == "outcome"
         # `reward_funcs` holds the user's own functions at any other time
         with swapped(self, reward_funcs=sources):
             scores_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for k, source in enumerate(sources):
             if isinstance(source, nn.Module):
-                scores_NK[:, k] = parse_model_scores(scores_NK[:, k], self.reward_func_names[k], self._transforms[k])
+                name = self.reward_func_names[k]
+                scores_NK[:, k] = parse_model_scores(scores_NK[:, k], name, self._transforms[k], is_outcome)
             else:
                 self._warn_of_steps(source, completions)
         self._scored_sources = (sources, scores_NK)

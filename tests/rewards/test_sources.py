@@ -50,6 +50,11 @@ def test_the_transform_comes_before_the_reduction():
     assert source_of(returning(RETURNED, "min"), "center")(completion_ids=IDS) == [-5.0, -0.5, 0.5, None]
 
 
+def test_trls_messages_and_a_traceback_show_the_users_name():
+    source = source_of(returning(RETURNED))
+    assert source.__name__ == "judge" and repr(source) == "RewardSource('judge')"
+
+
 def test_rewards_are_those_of_the_last_batch_only():
     source = source_of(lambda completion_ids, **kwargs: [float(len(ids)) for ids in completion_ids])
     source(completion_ids=IDS)

@@ -482,13 +482,17 @@ def test_a_transform_that_needs_steps_stops_before_any_update(tiny_model, tmp_pa
     assert_stops_before_anything_happens(trainer, ValueError, message)
 
 
-def test_a_reward_model_that_gives_nan_stops_before_any_update(tiny_model, reward_model, tmp_path):
+def test_a_reward_model_that_gives_nan_stops_before_any_update_under_process_supervision(
+    tiny_model, reward_model, tmp_path
+):
     model = LlamaForSequenceClassification.from_pretrained(reward_model)
     with torch.no_grad():
         model.score.weight.fill_(nan)
-    trainer = build(tiny_model, model, tmp_path)
+    trainer = build(tiny_model, model, tmp_path, **PROCESS)
     message = "^reward source 'tiny-reward', completion 0: the reward is nan"
     assert_stops_before_anything_happens(trainer, ValueError, message)
+    # TRL takes NaN as no judgement
+    assert (trained(tiny_model, model, tmp_path).batches[0]["advantages"] == 0).all()
 
 
 TWO = [source("one", [0.5] * 8), source("two", [0.5] * 8)]

@@ -134,10 +134,13 @@ def wrap_source(
     return source_class(function, name, transform, is_outcome)
 
 
-def parse_model_scores(scores_N: torch.Tensor, name: str, transform: str = "none") -> torch.Tensor:
+def parse_model_scores(
+    scores_N: torch.Tensor, name: str, transform: str = "none", is_outcome: bool = False
+) -> torch.Tensor:
     """Check and transform the scores of a sequence classifier, as [`RewardSource`] does for what functions return."""
     parsed = []
     for index, value in enumerate(scores_N.tolist()):
         where = f"reward source '{name}', completion {index}"
-        parsed.append(transform_reward(parse_reward(value, 0, where), transform, where))
+        reward = parse_reward(parse_as_trl(value) if is_outcome else value, 0, where)
+        parsed.append(torch.nan if reward is None else transform_reward(reward, transform, where))
     return scores_N.new_tensor(parsed)
