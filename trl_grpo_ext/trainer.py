@@ -37,7 +37,7 @@ from .metrics import (
 )
 from .model_card import ModelCardTrainer
 from .reward_models.opening import open_reward_models, prepare_reward_sources
-from .rewards.arguments import check_columns, list_sources
+from .rewards.arguments import check_columns, check_row, list_sources
 from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.sources import RewardSource, parse_model_scores, wrap_source
@@ -114,9 +114,8 @@ class GRPOExtTrainer(ModelCardTrainer):
             )
         args.has_its_trainer = True
         _check_loss_bodies(type(self), args)
-        check_columns(
-            {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, needs_prompt=environment_factory is None
-        )
+        self._needs_prompt = environment_factory is None
+        check_columns({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, self._needs_prompt)
         super().__init__(
             model=model,
             reward_funcs=_open_sources(reward_funcs, args),
@@ -331,6 +330,8 @@ class GRPOExtTrainer(ModelCardTrainer):
         )
 
     def _generate_and_score_completions(self, inputs):
+        # Streamed data tells its columns only now
+        check_row("the data set", inputs[0], self._needs_prompt)
         output = super()._generate_and_score_completions(inputs)
         mask_BT = loss_mask(output)
         if self._scored_sources is None:

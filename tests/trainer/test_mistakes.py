@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.training import fixed_completions, make_trainer
@@ -71,13 +71,28 @@ def trainer_of_dataset(model, folder, dataset=None, **options):
         def __init__(self, *arguments, train_dataset, **keywords):
             super().__init__(*arguments, train_dataset=dataset or train_dataset, **keywords, **options)
 
-    return make_trainer(OfDataset, model, [judge], folder)
+    return make_trainer(OfDataset, model, [judge], folder, max_steps=1)
 
 
 def test_a_data_set_without_prompts_is_refused_with_its_columns(tiny_model, tmp_path):
     dataset = Dataset.from_dict({"question": ["ab"] * 8, "answer": ["cd"] * 8})
     with pytest.raises(ValueError, match="train_dataset has no column 'prompt'; it has: question, answer"):
         trainer_of_dataset(tiny_model, tmp_path, dataset)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "ab"}, "the data set has no column 'prompt'; it has: question"),
+        ({"prompt": "ab", "completions": "cd"}, "the data set has a column 'completions', a name under which reward"),
+    ],
+)
+def test_so_is_a_streamed_one_before_anything_is_generated(tiny_model, tmp_path, row, message):
+    dataset = IterableDataset.from_generator(lambda: (dict(row) for _ in range(8)))
+    assert dataset.column_names is None
+    trainer = trainer_of_dataset(tiny_model, tmp_path, dataset)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
     Args:
         datasets (`Mapping[str, Any]`):
             Data sets, dictionaries of such, or `None`, by the name of the argument. One that does not know its
-            columns before it is read is not checked.
+            columns before it is read is not checked here, but row by row with [`check_row`].
         needs_prompt (`bool`):
             Whether prompts come from the data set, and not from an environment.
     """
@@ -52,10 +52,11 @@ def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
         for part in parts:
             columns = part.column_names if isinstance(part, (Dataset, IterableDataset)) else None
             if columns is not None:
-                _check_columns_of(argument, columns, needs_prompt)
+                check_row(argument, columns, needs_prompt)
 
 
-def _check_columns_of(argument: str, columns: Iterable[str], needs_prompt: bool) -> None:
+def check_row(argument: str, columns: Iterable[str], needs_prompt: bool) -> None:
+    """Raise `ValueError` if a column of the data set of that argument would not arrive, or if none holds the prompts."""
     columns = list(columns)
     reserved = [name for name in columns if name in _RESERVED_COLUMNS]
     if reserved:
