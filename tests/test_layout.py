@@ -38,6 +38,7 @@ PURE = [
     "rewards/gating.py",
     "rewards/step_reductions.py",
     "rewards/transforms.py",
+    "tables.py",
     "rewards/types.py",
 ]
 MAY_USE_UPSTREAM = [

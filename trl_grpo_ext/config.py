@@ -10,12 +10,13 @@ from typing import Any, Literal, cast
 
 from ._trl import ADVANTAGE_EPS, GRPOConfig
 from .advantages.combine import GAMMA_UNITS
-from .advantages.estimators import ESTIMATORS, find_estimator
-from .kl.divergences import DIVERGENCES
+from .advantages.estimators import ESTIMATORS, Estimator, find_estimator
+from .kl.divergences import DIVERGENCES, Divergence
 from .kl.fused.token_stats import LOGITS_MEMORY_BYTES
 from .loss import LOSS_REDUCTIONS
 from .rewards.transforms import parse_transform
 from .rewards.types import plain
+from .tables import check_choice, find_row
 
 
 SUPERVISIONS = ("outcome", "process")
@@ -42,10 +43,12 @@ class GRPOExtConfig(GRPOConfig):
             normalised across the group at each token index), `"pooled"` (step rewards normalised over the whole
             group, then returns; DeepSeekMath, arXiv 2402.03300 section 4.1.3), `"step"` (the k-th steps of the group
             normalised together, then returns) or `"min"` (soft minimum over the steps, leave-one-out baseline; PURE,
-            arXiv 2504.15275).
+            arXiv 2504.15275). `"module:name"` is the import path of an [`~trl_grpo_ext.Estimator`].
         position_baseline (`str`, *optional*, defaults to `"all"`):
             With `"position"`, at indices where some completions of the group have ended: `"all"` counts these as
-            return 0, `"active"` leaves them out.
+            return 0, `"active"` leaves them out. `"leave_one_out"` compares a completion with the mean of the others,
+            and counts ended ones as return 0: its expected update is the policy gradient, where that of `"all"` is
+            `1 - 1/G` of it.
         gamma (`float` or `list[float]`, *optional*, defaults to `0.99`):
             Discount in `[0, 1]`, one for all reward sources or one per source.
         gamma_unit (`str`, *optional*, defaults to `"token"`):
@@ -66,7 +69,7 @@ class GRPOExtConfig(GRPOConfig):
         kl_direction (`str`, *optional*, defaults to `"reverse"`):
             With the exact KL, a row of [`~trl_grpo_ext.DIVERGENCES`]: `"reverse"`, `KL(policy || reference)`, or
             `"forward"`, `KL(reference || policy)`, which is infinite where the policy excludes a token that the
-            reference allows.
+            reference allows. `"module:name"` is the import path of a [`~trl_grpo_ext.Divergence`].
         kl_reduction (`str`, *optional*, defaults to `"loss_type"`):
             How per-token KLs become the loss term: `"loss_type"` reduces them as `loss_type` reduces the policy term,
             `"token_mean"` takes their mean over all loss tokens of the optimizer step.
@@ -87,15 +90,18 @@ class GRPOExtConfig(GRPOConfig):
         default="outcome",
         metadata={"help": "One advantage per completion (`outcome`, TRL's own) or per token (`process`)."},
     )
-    # Not a `Literal`: a row that is added to the table is a choice at once
+    # Not a `Literal`: a row that is added to the table, or found by import path, is a choice too
     advantage_estimator: str = field(
         default="position",
-        metadata={"help": "How process rewards become advantages.", "choices": ESTIMATORS},
+        metadata={
+            "help": f"How process rewards become advantages: {', '.join(ESTIMATORS)}, or MODULE:NAME of an Estimator."
+        },
     )
-    position_baseline: Literal["all", "active"] = field(
+    position_baseline: Literal["all", "active", "leave_one_out"] = field(
         default="all",
         metadata={
-            "help": "For `position`: completions that have ended count as return 0 (`all`) or not at all (`active`)."
+            "help": "For `position`: completions that have ended count as return 0 (`all`) or not at all (`active`); "
+            "or the mean is that of the other completions (`leave_one_out`)."
         },
     )
     # The parser takes the type of a union from its second member and a list's default from a factory
@@ -130,8 +136,8 @@ class GRPOExtConfig(GRPOConfig):
     kl_direction: str = field(
         default="reverse",
         metadata={
-            "help": "With the exact KL: KL(policy || reference) (`reverse`) or KL(reference || policy) (`forward`).",
-            "choices": DIVERGENCES,
+            "help": "With the exact KL: KL(policy || reference) (`reverse`), KL(reference || policy) (`forward`), or "
+            "MODULE:NAME of a Divergence."
         },
     )
     kl_reduction: Literal["loss_type", "token_mean"] = field(
@@ -175,8 +181,8 @@ class GRPOExtConfig(GRPOConfig):
             self.reward_weights = [float(cast(float, self.reward_weights))]
         _check_weights(self.reward_weights)
         self.gamma = _check_gamma(self.gamma)
-        self.reward_transforms = _as_list(self.reward_transforms)
-        self.outcome_gate = _as_list(self.outcome_gate)
+        self.reward_transforms = _as_names("reward_transforms", self.reward_transforms)
+        self.outcome_gate = _as_names("outcome_gate", self.outcome_gate)
         for name in self.reward_transforms or []:
             parse_transform(name)
         _check_choices(self)
@@ -213,8 +219,21 @@ class GRPOExtConfig(GRPOConfig):
 
     @property
     def estimator_options(self) -> dict[str, Any]:
-        """The fields that advantage estimators may read, by name; see [`~trl_grpo_ext.Estimator`]."""
-        return {"position_baseline": self.position_baseline}
+        """
+        The fields that the advantage estimator reads, by name: its row's [`~trl_grpo_ext.Estimator`]`.options`.
+
+        Raises:
+            ValueError: the row names a field that this config does not have.
+        """
+        values = {known.name: self.__dict__[known.name] for known in fields(self)}
+        names = find_estimator(self.advantage_estimator).options
+        for name in names:
+            if name not in values:
+                raise ValueError(
+                    f"advantage_estimator={self.advantage_estimator!r} reads the option {name!r}, and "
+                    f"{type(self).__name__} has no such field. Add one in a subclass."
+                )
+        return {name: values[name] for name in names}
 
     def check_sources(self, names: Sequence[str]) -> None:
         """Raise `ValueError` if a field with an entry per reward source does not fit the sources."""
@@ -239,9 +258,14 @@ def _rename_checkpointing(config: GRPOExtConfig) -> None:
             config.activation_checkpointing_kwargs = config.gradient_checkpointing_kwargs
 
 
-def _as_list(names: list[str] | None) -> list[str] | None:
+def _as_names(field_name: str, names: Any) -> list[str] | None:
+    if names is None:
+        return None
     # A YAML string where a list belongs reaches the config as it is
-    return [names] if isinstance(names, str) else names if names is None else list(names)
+    found = [names] if isinstance(names, str) else names
+    if not (isinstance(found, (list, tuple)) and all(isinstance(name, str) for name in found)):
+        raise ValueError(f"{field_name} must be a list of names, one per reward source; got {names!r}.")
+    return list(found)
 
 
 def _is_number(value: Any) -> bool:
@@ -253,18 +277,17 @@ def _is_positive_integer(value: Any) -> bool:
 
 
 def _check_choices(config: GRPOExtConfig) -> None:
-    for name, value, known in (
-        ("supervision", config.supervision, SUPERVISIONS),
-        ("advantage_estimator", config.advantage_estimator, ESTIMATORS),
-        ("position_baseline", config.position_baseline, POSITION_BASELINES),
-        ("gamma_unit", config.gamma_unit, GAMMA_UNITS),
-        ("kl_estimator", config.kl_estimator, KL_ESTIMATORS),
-        ("kl_direction", config.kl_direction, DIVERGENCES),
-        ("kl_reduction", config.kl_reduction, KL_REDUCTIONS),
-        ("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+    check_choice("supervision", config.supervision, SUPERVISIONS)
+    find_row("advantage_estimator", config.advantage_estimator, ESTIMATORS, Estimator).with_options(
+        config.estimator_options
+    )
+    # Of the other estimators' options too, which are not read
+    check_choice("position_baseline", config.position_baseline, POSITION_BASELINES)
+    check_choice("gamma_unit", config.gamma_unit, GAMMA_UNITS)
+    check_choice("kl_estimator", config.kl_estimator, KL_ESTIMATORS)
+    find_row("kl_direction", config.kl_direction, DIVERGENCES, Divergence)
+    check_choice("kl_reduction", config.kl_reduction, KL_REDUCTIONS)
+    check_choice("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
 
 
 def _check_loss_type(config: GRPOExtConfig) -> None:
@@ -292,6 +315,8 @@ def _check_weights(weights: Any) -> None:
 
 
 def _check_numbers(config: GRPOExtConfig) -> None:
+    if not (_is_number(config.beta) and 0 <= config.beta < math.inf):
+        raise ValueError(f"beta must be a finite number, 0 or larger; got {config.beta!r}.")
     eps = config.advantage_eps
     if not (_is_number(eps) and 0 <= eps < math.inf):
         raise ValueError(f"advantage_eps must be a finite number, 0 or larger; got {eps!r}.")

@@ -1,12 +1,29 @@
 """What is logged about rewards and advantages, from the tensors that were trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 
 # A mean of equal numbers differs from them by no more than this share
 _ROUNDING = 1e-6
+
+
+def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """
+    Metrics as plain numbers: a tensor in the log could not be written to a checkpoint.
+
+    Raises:
+        TypeError: a metric that is not one number.
+    """
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"the metric {name!r} is {value!r}, which is not one number.") from error
+    return numbers
 
 
 def step_metrics(

@@ -11,7 +11,7 @@ from trl_grpo_ext.advantages.combine import process_advantages
 
 
 # "position-active" is the estimator "position" with that baseline.
-LABELS = ["position-all", "position-active", "pooled", "step", "min"]
+LABELS = ["position-all", "position-active", "position-leave_one_out", "pooled", "step", "min"]
 SCALES = ["group", "batch", "none"]
 ORDERS = ["sum_then_normalize", "normalize_then_sum"]
 UNITS = ["token", "step"]

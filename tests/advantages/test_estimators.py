@@ -40,6 +40,7 @@ WORKED_EXAMPLES = [
     # Returns [1.5, 1, 2] and [3]; means over the group 2.25, 0.5, 1, or over the one completion still running.
     (RAGGED, {"estimator": "position-all", "scale": "none"}, [[-0.75, 0.5, 1], [0.75, 0, 0]]),
     (RAGGED, {"estimator": "position-active", "scale": "none"}, [[-0.75, 0, 0], [0.75, 0, 0]]),
+    (RAGGED, {"estimator": "position-leave_one_out", "scale": "none"}, [[-1.5, 1, 2], [1.5, 0, 0]]),
     (RAGGED, {"estimator": "position-all", "scale": "group"}, [[-HALF, HALF, HALF], [HALF, 0, 0]]),
     (
         RAGGED,
@@ -335,16 +336,56 @@ def leave_one_out_by_position(inputs):
 def test_a_row_that_is_added_to_the_table_is_an_estimator(batch, order, unit):
     options = {"gamma": batch.gammas, "gamma_unit": unit, "aggregation": order, "eps": batch.eps}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ESTIMATORS, "leave_one_out", Estimator(leave_one_out_by_position, normalizes="returns"))
-        advantages = batch.run({"estimator": "leave_one_out", **options})
+        patch.setitem(ESTIMATORS, "mine", Estimator(leave_one_out_by_position, normalizes="returns"))
+        advantages = batch.run({"estimator": "mine", **options})
     expected = oracles.leave_one_out_process_advantages(
         batch.rewards, batch.mask, batch.weights, batch.group_size, **options
     )
     np.testing.assert_allclose(advantages, expected, rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match="estimator must be one of 'position', .*'leave_one_out'"):
-        batch.run({"estimator": "leave_one_out", **options})
+    with pytest.raises(ValueError, match="estimator must be one of 'position', .*'mine'"):
+        batch.run({"estimator": "mine", **options})
     unlisted = batch.run({"estimator": Estimator(leave_one_out_by_position), **options})
-    assert np.array_equal(unlisted, advantages)
+    by_path = batch.run({"estimator": f"{__name__}:BY_PATH", **options})
+    assert np.array_equal(unlisted, advantages) and np.array_equal(by_path, advantages)
+
+
+BY_PATH = Estimator(leave_one_out_by_position)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "error", "message"),
+    [
+        (f"{__name__}:ABSENT", ValueError, "estimator='.*:ABSENT' cannot be imported: .*ABSENT"),
+        ("no_such_module:BY_PATH", ValueError, "cannot be imported: .*no_such_module"),
+        (f"{__name__}:leave_one_out_by_position", TypeError, "is a function; it has to be of type Estimator"),
+        (leave_one_out_by_position, ValueError, "estimator must be one of 'position'"),
+    ],
+)
+def test_what_is_no_estimator_is_named(estimator, error, message):
+    batch = Batch(seed=7, sources=1, groups=1, group_size=2, length=3)
+    with pytest.raises(error, match=message):
+        batch.run({"estimator": estimator, "gamma": 0.9})
+
+
+@pytest.mark.parametrize("normalizes", ["step_rewards", "returns"])
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda values_NT: values_NT.tolist(), TypeError, "function returned a list"),
+        (lambda values_NT: values_NT[:, :1], ValueError, r"returned shape \(4, 1\).* \(4, 6\)"),
+        (lambda values_NT: values_NT.sum(1), ValueError, r"returned shape \(4,\)"),
+        (lambda values_NT: values_NT.where(torch.arange(4)[:, None] != 2, torch.inf), ValueError, "completion 2 "),
+        (lambda values_NT: values_NT.where(torch.arange(4)[:, None] != 3, torch.nan), ValueError, "completion 3 "),
+    ],
+)
+def test_what_an_estimator_of_ones_own_returns_is_checked(returned, error, message, normalizes):
+    def function(inputs):
+        return returned(inputs.values_NT)
+
+    rewards = torch.ones(1, 4, 6, dtype=torch.float64)
+    options = {"estimator": Estimator(function, normalizes=normalizes), "gamma": 0.9}
+    with pytest.raises(error, match=message):
+        process_advantages(rewards, torch.ones(4, 6), torch.ones(1), 2, **options)
 
 
 def times(inputs, *, factor=1.0, sign="plus"):
@@ -407,7 +448,10 @@ def test_the_default_of_an_option_is_that_of_the_function():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"position_baseline": "mean"}, "^position_baseline must be one of 'all', 'active'; got 'mean'"),
+        (
+            {"position_baseline": "mean"},
+            "^position_baseline must be one of 'all', 'active', 'leave_one_out'; got 'mean'",
+        ),
         ({"position_base": "all"}, "option .* must be one of 'position_baseline'; got 'position_base'"),
     ],
 )

@@ -96,7 +96,7 @@ def test_an_unknown_direction_and_other_shapes_are_refused():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"`ref_logits` must have shape \(2, 3\), got \(3,\)"):
         exact_divergence(x, x[0])
-    message = "`direction` must be one of 'reverse', 'forward', got 'sideways'"
+    message = "direction must be one of 'reverse', 'forward'; got 'sideways'"
     with pytest.raises(ValueError, match=message):
         exact_divergence(x, x, "sideways")
     with pytest.raises(ValueError, match=message):
@@ -196,3 +196,18 @@ def test_the_row_from_outside_is_what_its_name_says():
     assert jensen_shannon(logp, ref_logp).item() == pytest.approx(expected, rel=1e-12)
     assert expected < math.log(2)
     assert kl(logp, ref_logp).item() == pytest.approx(oracles.divergence(logits, ref_logits, "reverse")[0], rel=1e-12)
+
+
+def test_a_row_says_whose_probability_the_log_ratio_is_multiplied_by():
+    row = DIVERGENCES["reverse"]
+    with pytest.raises(ValueError, match="weight must be one of 'policy', 'reference'; got 'both'"):
+        Divergence(row.dense, row.means_, row.weighted_score_, weight="both")
+
+
+def test_a_row_is_found_by_import_path(monkeypatch):
+    x = torch.randn(2, 3, dtype=torch.float64)
+    y = torch.randn(2, 3, dtype=torch.float64)
+    found = exact_divergence(x, y, f"{__name__}:JENSEN_SHANNON")
+    torch.testing.assert_close(found, jensen_shannon(x.log_softmax(-1), y.log_softmax(-1)))
+    with pytest.raises(TypeError, match="is a function; it has to be of type Divergence"):
+        exact_divergence(x, y, f"{__name__}:jensen_shannon")

@@ -100,18 +100,21 @@ def is_judged(stream):
 
 def position_advantages(returns, judged, group_size, baseline, scale, eps):
     """Returns compared with the group's returns at the same token index (the seed document). Baseline "all" counts
-    completions that have ended as return 0, "active" leaves them out."""
+    completions that have ended as return 0, "active" leaves them out. With "leave_one_out" the mean is that of the
+    others, ended ones as 0: of n values, `x - mean of the others = n / (n - 1) (x - mean)`."""
     advantages = [np.zeros(len(r)) for r in returns]
     for t in range(max(len(r) for r in returns)):
         batch = []
         for r, counts in zip(returns, judged, strict=True):
             ended = t >= len(r)
-            batch.append((0.0 if ended else r[t], float(counts and (baseline == "all" or not ended))))
+            batch.append((0.0 if ended else r[t], float(counts and (baseline != "active" or not ended))))
         for start in range(0, len(returns), group_size):
             normalised = standardise(batch[start : start + group_size], batch, scale, eps)
+            n = sum(judged[start : start + group_size])
+            factor = n / (n - 1) if baseline == "leave_one_out" and n > 1 else 1.0
             for i, value in enumerate(normalised, start):
                 if judged[i] and t < len(returns[i]):
-                    advantages[i][t] = value
+                    advantages[i][t] = factor * value
     return advantages
 
 
@@ -255,7 +258,7 @@ def process_advantages(
 
 def leave_one_out_advantages(returns, judged, group_size):
     """A return minus the mean return of the group's other judged completions at the same token index, where one that
-    has ended counts as return 0. An estimator that the package does not have."""
+    has ended counts as return 0: RLOO at each token, written from its definition."""
     advantages = [np.zeros(len(r)) for r in returns]
     for i in range(len(returns)):
         start = i - i % group_size

@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -87,6 +88,68 @@ def test_an_overridden_kl_is_the_one_in_loss_gradient_and_log(tiny_model, tmp_pa
     assert logged[0] == pytest.approx(2 * single[0], rel=1e-5)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@dataclass
+class PowerConfig(GRPOExtConfig):
+    power: float = 3.0
+
+
+def test_an_estimator_reads_the_fields_of_a_config_of_ones_own(tiny_model, tmp_path, monkeypatch):
+    def to_the_power(inputs, *, power=1.0):
+        return inputs.values_NT.sign() * inputs.values_NT.abs() ** power
+
+    monkeypatch.setitem(ESTIMATORS, "power", Estimator(to_the_power, options={"power": ()}))
+
+    def advantages_of(power):
+        args = PowerConfig(
+            tmp_path / str(power), advantage_estimator="power", supervision="process", power=power, bf16=False,
+            use_cpu=True, per_device_train_batch_size=4, num_generations=4, report_to="none",
+        )  # fmt: skip
+        trainer = GRPOExtTrainer(
+            tiny_model, judge, args, train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
+            rollout_func=fixed_completions(LENGTHS),
+        )  # fmt: skip
+        return scored_batch(trainer, len(LENGTHS))["advantages"]
+
+    single = advantages_of(1.0)
+    assert single.abs().max() > 0.1
+    torch.testing.assert_close(advantages_of(3.0), single.sign() * single.abs() ** 3)
+    with pytest.raises(ValueError, match="'power' reads the option 'power', and GRPOExtConfig has no such field"):
+        GRPOExtConfig(tmp_path, advantage_estimator="power", supervision="process", bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda batch: batch.mask_NT[:, :1] * 1.0, ValueError, r"Bad.compute_advantages returned shape \(4, 1\)"),
+        (lambda batch: batch.mask_NT / 0, ValueError, "Bad.compute_advantages returned .* completion 0 "),
+        (lambda batch: None, TypeError, "Bad.compute_advantages returned a NoneType"),
+    ],
+)
+def test_overridden_advantages_are_checked(tiny_model, tmp_path, returned, error, message):
+    class Bad(GRPOExtTrainer):
+        def compute_advantages(self, batch):
+            return returned(batch)
+
+    with pytest.raises(error, match=message):
+        scored_batch(trainer_of(Bad, tiny_model, tmp_path, supervision="process"), len(LENGTHS))
+
+
+def test_a_metric_that_is_a_tensor_is_logged_as_a_number_and_none_is_named(tiny_model, tmp_path):
+    class Measured(GRPOExtTrainer):
+        def reward_metrics(self, batch):
+            return {"longest": batch.mask_NT.sum(1).max()}
+
+    class Nothing(GRPOExtTrainer):
+        def reward_metrics(self, batch):
+            return {"longest": None}
+
+    trainer = trainer_of(Measured, tiny_model, tmp_path, supervision="process")
+    scored_batch(trainer, len(LENGTHS))
+    assert [type(value) for value in trainer._metrics["eval"]["longest"]] == [float]
+    with pytest.raises(TypeError, match="the metric 'longest' is None"):
+        scored_batch(trainer_of(Nothing, tiny_model, tmp_path, supervision="process"), len(LENGTHS))
 
 
 def test_an_overridden_metric_is_logged_and_one_without_a_value_is_not(tiny_model, tmp_path):

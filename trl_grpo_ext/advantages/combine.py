@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .estimators import Estimator, EstimatorInputs, check_choice, find_estimator
+from ..tables import check_choice
+from .estimators import Estimator, EstimatorInputs, find_estimator
 from .normalization import SCALES, completion_weights, pack_order, weighted_moments
 from .returns import discounted_returns
 
@@ -92,6 +93,35 @@ def process_advantages(
     return torch.zeros_like(packed_NT).scatter(1, order_NT, packed_NT)
 
 
+def check_values(name: str, values_NT: Any, counted_NT: torch.Tensor) -> None:
+    """
+    Whether what a function that the user may write has returned can be trained on.
+
+    Args:
+        name (`str`):
+            Of the function, for messages.
+        values_NT (`Any`):
+            What it has returned.
+        counted_NT (`torch.Tensor` of shape `(N, T)`):
+            True where a value counts.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape, or a value that counts is NaN or infinite.
+    """
+    if not isinstance(values_NT, torch.Tensor):
+        raise TypeError(f"{name} returned a {type(values_NT).__name__}; it has to return a tensor.")
+    if values_NT.shape != counted_NT.shape:
+        raise ValueError(
+            f"{name} returned shape {tuple(values_NT.shape)}; it has to be (completions, tokens), "
+            f"{tuple(counted_NT.shape)}."
+        )
+    bad_N = (~values_NT.isfinite() & counted_NT).any(1)
+    if bad_N.any():
+        completion = int(bad_N.nonzero()[0, 0])
+        raise ValueError(f"{name} returned a value that is not finite, for completion {completion} of the batch.")
+
+
 class _Sources(NamedTuple):
     """Reward sources over the same completions; any subset of them is again one."""
 
@@ -156,8 +186,11 @@ def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: fl
     given_NT = sources.given_NT
     judged_N = given_NT.any(1)
 
-    def normalize(values_NT: torch.Tensor) -> torch.Tensor:
-        return row.function(EstimatorInputs(values_NT, sources.mask_NT, judged_N, sources.group_size, scale, eps))
+    def normalize(values_NT: torch.Tensor, counted_NT: torch.Tensor) -> torch.Tensor:
+        inputs = EstimatorInputs(values_NT, sources.mask_NT, judged_N, sources.group_size, scale, eps)
+        normalized_NT = row.function(inputs)
+        check_values("the advantage estimator's function", normalized_NT, counted_NT)
+        return normalized_NT
 
     if row.normalizes == "returns":
         # Source by source, so that what a formula holds in between stays in the processor's cache
@@ -165,11 +198,11 @@ def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: fl
             [sources.returns(row.shape_rewards(rewards_NT), k) for k, rewards_NT in enumerate(sources.rewards_KNT)]
         )
         counted_NT = sources.mask_NT & judged_N[:, None]
-        return normalize(sources.weighted_sum(returns_KNT)).where(counted_NT, 0.0)
+        return normalize(sources.weighted_sum(returns_KNT), counted_NT).where(counted_NT, 0.0)
     # Where some sources give a step reward, the others add 0
     summed_NT = sources.weighted_sum(row.shape_rewards(sources.rewards_KNT).nan_to_num()).where(given_NT, torch.nan)
     # All gammas are equal here
-    return sources.returns(normalize(summed_NT).where(given_NT, torch.nan), 0)
+    return sources.returns(normalize(summed_NT, given_NT).where(given_NT, torch.nan), 0)
 
 
 def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torch.Tensor:

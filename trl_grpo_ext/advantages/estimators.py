@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..tables import check_choice, find_row
 from .normalization import completion_weights, grouped, mean_of_others, pack_order, standardize
 
 
@@ -23,12 +24,6 @@ STAGES = ("step_rewards", "returns")
 
 # PURE's softmax temperature over step rewards
 SOFT_MINIMUM_TEMPERATURE = 0.1
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise a `ValueError` that names what is wrong and what is allowed, unless the value is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
 class EstimatorInputs(NamedTuple):
@@ -130,15 +125,25 @@ def normalize_by_position(inputs: EstimatorInputs, *, position_baseline: str = "
     `A_{i,t} = (R_{i,t} - mean_j R_{j,t}) / (std_j R_{j,t} + eps)`
 
     over the judged completions j of i's group. Completions that ended before t count as return 0
-    (`position_baseline="all"`) or not at all (`"active"`).
+    (`position_baseline="all"`) or not at all (`"active"`). With `"leave_one_out"` the mean is that of the other
+    completions, ended ones counting as return 0:
 
-    Reduces to TRL's advantages for one token per completion.
+    `A_{i,t} = (R_{i,t} - 1/(n-1) sum_{j != i} R_{j,t}) / (std_j R_{j,t} + eps)`
+
+    The mean of `"all"` holds the completion's own return, so without a division its expected update is `1 - 1/n` of
+    the policy gradient. That of `"leave_one_out"` is all of it. `"active"` has no such factor: which completions are
+    compared depends on what they did.
+
+    Reduces to TRL's advantages for one token per completion, and to RLOO with `"leave_one_out"` and `scale="none"`.
     """
     counted_NT = inputs.judged_N[:, None].expand_as(inputs.mask_NT)
     if position_baseline == "active":
         counted_NT = counted_NT & inputs.mask_NT
     values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, counted_NT.to(inputs.values_NT))
-    return standardize(values_PGT, weights_PGT, (1,), scale=inputs.scale, eps=inputs.eps).flatten(0, 1)
+    baseline_PGT = mean_of_others(values_PGT, weights_PGT) if position_baseline == "leave_one_out" else None
+    return standardize(
+        values_PGT, weights_PGT, (1,), scale=inputs.scale, eps=inputs.eps, baseline=baseline_PGT
+    ).flatten(0, 1)
 
 
 def normalize_pooled(inputs: EstimatorInputs) -> torch.Tensor:
@@ -224,7 +229,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "position": Estimator(
         normalize_by_position,
         normalizes="returns",
-        options={"position_baseline": ("all", "active")},
+        options={"position_baseline": ("all", "active", "leave_one_out")},
         description="returns, normalised across the group at each token index",
     ),
     "pooled": Estimator(
@@ -248,12 +253,10 @@ ESTIMATORS: dict[str, Estimator] = {
 
 def find_estimator(estimator: str | Estimator) -> Estimator:
     """
-    The row of [`ESTIMATORS`] with that name; an estimator is returned as it is.
+    The row of [`ESTIMATORS`] with that name, or at that import path; an estimator is returned as it is.
 
     Raises:
-        ValueError: the table has no such row.
+        ValueError: the table has no such row, or the import path leads nowhere.
+        TypeError: what is found is not an [`Estimator`].
     """
-    if isinstance(estimator, Estimator):
-        return estimator
-    check_choice("estimator", estimator, tuple(ESTIMATORS))
-    return ESTIMATORS[estimator]
+    return find_row("estimator", estimator, ESTIMATORS, Estimator)

@@ -31,9 +31,12 @@ rounding. With rounding, it is minus the error of `sum_v p_v log(p_v / q_v)` tha
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+
+from ..tables import check_choice, find_row
 
 
 class Distributions(NamedTuple):
@@ -48,7 +51,7 @@ class Distributions(NamedTuple):
         log_ratio (`torch.Tensor`):
             `log p - log q`, from the logits: finite also where p or q is too small for its dtype and therefore 0.
             Where a logit is -inf, it is `-inf` (only the policy excludes the token), `inf` (only the reference does)
-            or 0 (the row's [`Divergence.weight`] is 0).
+            or 0 (the probability that the row's [`Divergence.weight`] names is 0).
     """
 
     p: torch.Tensor
@@ -56,7 +59,8 @@ class Distributions(NamedTuple):
     log_ratio: torch.Tensor
 
 
-class Divergence(NamedTuple):
+@dataclass(frozen=True)
+class Divergence:
     """
     One divergence: a row of [`DIVERGENCES`].
 
@@ -75,13 +79,20 @@ class Divergence(NamedTuple):
             From [`Distributions`] to `p_v s_v`, `(M, V)`. It stays finite where p is 0 and s is not.
         weight (`str`, *optional*, defaults to `"policy"`):
             `"policy"` or `"reference"`: whose probabilities the log-ratio is multiplied by. Where they are 0, the
-            log-ratio is set to 0 beforehand, so that `0 log 0 = 0`.
+            log-ratio is set to 0 beforehand, so that `0 log 0 = 0`. A divergence whose terms would multiply it by both
+            has to be written from p and q instead.
+
+    Raises:
+        ValueError: `weight` is neither of its values.
     """
 
     dense: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     means_: Callable[[Distributions, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     weighted_score_: Callable[[Distributions], torch.Tensor]
     weight: Literal["policy", "reference"] = "policy"
+
+    def __post_init__(self) -> None:
+        check_choice("weight", self.weight, ("policy", "reference"))
 
 
 def _sum_of_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -159,14 +170,13 @@ A row that is added here can be used by its name.
 
 def find_divergence(direction: str) -> Divergence:
     """
-    The row of [`DIVERGENCES`] with this name.
+    The row of [`DIVERGENCES`] with this name, or at this import path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the table has no such row, or the import path leads nowhere.
+        TypeError: what is found is not a [`Divergence`].
     """
-    if direction not in DIVERGENCES:
-        raise ValueError(f"`direction` must be one of {', '.join(map(repr, DIVERGENCES))}, got {direction!r}")
-    return DIVERGENCES[direction]
+    return find_row("direction", direction, DIVERGENCES, Divergence)
 
 
 def exact_divergence(logits: torch.Tensor, ref_logits: torch.Tensor, direction: str = "reverse") -> torch.Tensor:
