@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import FourierFTConfig, LoraConfig, PeftModel, get_peft_model
 from trl import GRPOTrainer
 
 from tests.support.adapters import CONTINUED, LORA, answer_length, base, trained_adapter
@@ -99,12 +99,14 @@ def test_a_frozen_part_of_the_adapter_stays_frozen(tiny_model, tmp_path, estimat
     assert trainer.state.log_history[2]["kl"] > 1e-8
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_a_model_that_does_not_train_is_refused(tiny_model, tmp_path, beta):
-    trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "adapter")
+@pytest.mark.parametrize("config", [{"beta": 0.0}, {}, {"kl_estimator": "k2"}, {"kl_estimator": "exact"}], ids=str)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_that_does_not_train_is_refused(tiny_model, tmp_path, config, merged):
+    trained = trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(base(tiny_model), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="no trainable parameter.*is_trainable=True"):
-        make_trainer(GRPOExtTrainer, frozen, answer_length, tmp_path, beta=beta)
+    model = trained.merge_and_unload() if merged else frozen
+    with pytest.raises(ValueError, match=r"no trainable parameter.*is_trainable=True.*merge_and_unload\(\)"):
+        make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, **({"beta": 0.1} | config))
 
 
 @pytest.mark.parametrize("estimator", ["k3", "exact"])
@@ -155,10 +157,16 @@ def test_a_policy_that_is_not_its_reference_is_an_error_or_said_once(tiny_model,
     assert train(tiny_model, "path", kl_estimator="exact") == []
     (message,) = train(moved_policy(tiny_model), "moved", kl_estimator="exact")
     assert "is loaded anew from" in message
-    adapter = {"peft_config": LoraConfig(**LORA, init_lora_weights=False)}
-    for estimator in ("k3", "exact"):
-        with pytest.raises(ValueError, match="the adapter does not start at zero"):
-            train(tiny_model, f"adapter {estimator}", trainer_options=adapter, kl_estimator=estimator)
+    merged = trained_adapter(tiny_model, CONTINUED["lora"], tmp_path / "trained").merge_and_unload()
+    merged.requires_grad_(True)
+    (message,) = train(merged, "merged", kl_estimator="exact")
+    assert "an adapter that was merged in memory" in message
+    not_zero = [LoraConfig(**LORA, init_lora_weights=False), FourierFTConfig(target_modules=["q_proj"], scaling=150.0)]
+    for adapter in not_zero:
+        for estimator in ("k3", "exact"):
+            with pytest.raises(ValueError, match="the adapter does not start at zero"):
+                new = {"trainer_options": {"peft_config": adapter}, "kl_estimator": estimator}
+                train(tiny_model, f"{adapter.peft_type} {estimator}", **new)
     with_dropout = base(tiny_model)
     with_dropout.config.attention_dropout = 0.5
     for layer in with_dropout.model.layers:

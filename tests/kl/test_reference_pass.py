@@ -112,23 +112,24 @@ def test_evaluation_mode_leaves_every_module_as_it_was():
 # Another model
 
 
-class SetReference(TrainerCallback):
-    """After step `n`, `models[n]` is the reference."""
+class Setter(TrainerCallback):
+    """After step `n`, `values[n]` is the trainer's attribute of a name."""
 
-    def __init__(self, models):
-        self.models = models
+    def __init__(self, name, values):
+        self.name = name
+        self.values = values
         self.trainer = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.models:
-            self.trainer.ref_model = self.models[state.global_step]
+        if state.global_step in self.values:
+            setattr(self.trainer, self.name, self.values[state.global_step])
 
 
 def train_with(setter, model, folder, **config):
     trainer = trainer_of(GRPOExtTrainer, model, folder, [setter], learning_rate=0.0, **config)
     setter.trainer = trainer
     trainer.train()
-    return [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    return [entry.get("kl") for entry in trainer.state.log_history if "policy_loss" in entry]
 
 
 @pytest.mark.parametrize("updates", [1, 4])
@@ -140,7 +141,7 @@ def test_a_callback_may_replace_the_reference(tiny_model, tmp_path, lora, update
     near, far = moved_policy(tiny_model, 0.02).eval(), moved_policy(tiny_model, 0.1).eval()
     rows = fixed_completions(LENGTHS)
     adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if lora else None
-    setter = SetReference({1: near, 2: far, 3: None if lora else near, 5: far})
+    setter = Setter("ref_model", {1: near, 2: far, 3: None if lora else near, 5: far})
     kls = train_with(
         setter, moved_policy(tiny_model), tmp_path, peft_config=adapter, num_iterations=updates, max_steps=7
     )
@@ -149,6 +150,24 @@ def test_a_callback_may_replace_the_reference(tiny_model, tmp_path, lora, update
     expected = [mean_dense_kl(policy.double(), reference.double(), rows).item() for reference in references]
     assert kls == pytest.approx(expected, rel=1e-4, abs=1e-8)
     assert len({round(kl, 3) for kl in kls}) >= 3
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("estimator", ["exact", "k2", "k3"])
+def test_a_callback_may_take_the_kl_out_and_back_in(tiny_model, tmp_path, estimator, lora, updates):
+    """After each generated batch; with the exact KL also amid the updates on one."""
+    model = moved_policy(tiny_model)
+    options = {"kl_estimator": estimator, "num_iterations": updates, "max_steps": 10}
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    setter = Setter("ref_model", {0: None})
+    constant = train_with(setter, copy.deepcopy(model), tmp_path, **options)
+    first, second = (2, 6) if estimator == "exact" else (4, 8)
+    kls = train_with(Setter("beta", {first: 0.0, second: 0.5}), model, tmp_path, **options)
+    assert kls[first:second] == [None] * (second - first)
+    assert kls[:first] == pytest.approx(constant[:first], rel=1e-6, abs=1e-9)
+    assert kls[second:] == pytest.approx(constant[second:], rel=1e-6, abs=1e-9)
 
 
 def test_a_copy_of_the_policy_may_become_the_reference(tiny_model, tmp_path):
@@ -177,4 +196,4 @@ def test_a_model_that_cannot_be_the_reference_is_refused(tiny_model, tmp_path, c
         "vocabulary": (larger, "policy's vocabulary has 46 tokens, and that of the reference.* 64"),
     }[case]
     with pytest.raises(ValueError, match=message):
-        train_with(SetReference({1: reference}), tiny_model, tmp_path, max_steps=3)
+        train_with(Setter("ref_model", {1: reference}), tiny_model, tmp_path, max_steps=3)
