@@ -331,7 +331,7 @@ class GRPOExtTrainer(ModelCardTrainer):
 
     def _generate_and_score_completions(self, inputs):
         # Streamed data tells its columns only now
-        check_row("the data set", inputs[0], self._needs_prompt)
+        check_row("the data set", next(iter(inputs)), self._needs_prompt)
         output = super()._generate_and_score_completions(inputs)
         mask_BT = loss_mask(output)
         if self._scored_sources is None:

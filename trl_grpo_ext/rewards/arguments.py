@@ -56,7 +56,7 @@ def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
 
 
 def check_row(argument: str, columns: Iterable[str], needs_prompt: bool) -> None:
-    """Raise `ValueError` if a column of the data set of that argument would not arrive, or if none holds the prompts."""
+    """Raise `ValueError` if a column of the data set of that argument would not arrive, or none holds the prompts."""
     columns = list(columns)
     reserved = [name for name in columns if name in _RESERVED_COLUMNS]
     if reserved:
