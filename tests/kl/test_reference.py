@@ -161,7 +161,10 @@ def test_a_policy_that_is_not_its_reference_is_an_error_or_said_once(tiny_model,
     merged.requires_grad_(True)
     (message,) = train(merged, "merged", kl_estimator="exact")
     assert "an adapter that was merged in memory" in message
-    not_zero = [LoraConfig(**LORA, init_lora_weights=False), FourierFTConfig(target_modules=["q_proj"], scaling=150.0)]
+    not_zero = [
+        LoraConfig(**LORA, init_lora_weights=False),
+        FourierFTConfig(n_frequency=100, scaling=150.0, target_modules=["q_proj"]),
+    ]
     for adapter in not_zero:
         for estimator in ("k3", "exact"):
             with pytest.raises(ValueError, match="the adapter does not start at zero"):
