@@ -114,7 +114,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("name", "value", "shown"), BAD_VALUES)
 def test_a_bad_value_is_refused_with_the_field_and_the_value(name, value, shown):
     with pytest.raises(ValueError) as error:
-        config(beta=0.1, **{name: value})
+        config(**{"beta": 0.1, name: value})
     assert re.search(name.replace("_transforms", ".transforms?"), str(error.value))
     assert shown in str(error.value)
 

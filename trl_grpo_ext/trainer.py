@@ -19,14 +19,13 @@ from transformers.utils import logging
 
 from ._swapped import swapped
 from ._trl import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
-from .advantages.combine import process_advantages
+from .advantages.combine import check_values, process_advantages
 from .config import GRPOExtConfig
 from .distributed import gather, local_rows, total
 from .kl.trainer import KLTrainer
-from .loss import (
-    loss_mask,
-)
+from .loss import loss_mask
 from .metrics import (
+    as_numbers,
     completion_means,
     outcome_correlations,
     positive_counts,
@@ -255,11 +254,13 @@ class GRPOExtTrainer(ModelCardTrainer):
         A subclass may override it:
 
         ```python
-        >>> class LongestTrainer(GRPOExtTrainer):
+        >>> class JudgedTrainer(GRPOExtTrainer):
         ...     def reward_metrics(self, batch):
-        ...         longest = batch.mask_NT.sum(1).max().item()
-        ...         return {**super().reward_metrics(batch), "completions/longest": longest}
+        ...         judged = 1 - batch.unjudged_NK.all(1).double().mean().item()
+        ...         return {**super().reward_metrics(batch), "rewards/judged": judged}
         ```
+
+        Under outcome supervision the batch has one column, so its mask says nothing of lengths.
 
         Args:
             batch ([`~trl_grpo_ext.ScoredBatch`]):
@@ -310,11 +311,11 @@ class GRPOExtTrainer(ModelCardTrainer):
             batch.mask_NT,
             self.reward_weights.to(rewards_KNT.device),
             batch.group_size,
-            # A completion of one token gets TRL's scalar advantage
+            # Outcome supervision is process supervision of completions of one token, where `position` is TRL's formula
             estimator=self.args.advantage_estimator if is_process else "position",
             gamma=cast(float | list[float], self.args.gamma) if is_process else 1.0,
             gamma_unit=self.args.gamma_unit,
-            options=self.args.estimator_options,
+            options=self.args.estimator_options if is_process else None,
             aggregation=self.multi_objective_aggregation,
             scale=self.scale_rewards,
             eps=self.args.advantage_eps,
@@ -354,12 +355,16 @@ class GRPOExtTrainer(ModelCardTrainer):
 
     def _use_rewards(self, output: dict[str, Any], batch: ScoredBatch, mask_BT: torch.Tensor) -> None:
         """Log the batch's metrics, and put the advantages that are asked for in place of TRL's."""
+        metrics = as_numbers(self.reward_metrics(batch))
         # A metric without a value would be None in the log, of which trackers complain
-        self._record({name: value for name, value in self.reward_metrics(batch).items() if not math.isnan(value)})
+        self._record({name: value for name, value in metrics.items() if not math.isnan(value)})
         if self._keeps_trl_advantages:
             return
+        advantages_NT = self.compute_advantages(batch)
+        name = f"{type(self).__name__}.compute_advantages"
+        check_values(name, advantages_NT, torch.ones_like(batch.mask_NT, dtype=torch.bool))
         # Other processes may have longer completions
-        advantages_BT = local_rows(self.accelerator, self.compute_advantages(batch))[:, : mask_BT.size(1)].float()
+        advantages_BT = local_rows(self.accelerator, advantages_NT)[:, : mask_BT.size(1)].float()
         output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
