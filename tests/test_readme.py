@@ -91,11 +91,11 @@ def test_the_first_example_finds_the_steps_of_real_text(policy, tmp_path, monkey
 
 
 def test_the_example_of_an_extension_runs(monkeypatch):
-    monkeypatch.delitem(ESTIMATORS, "above_zero", raising=False)
+    monkeypatch.delitem(ESTIMATORS, "no_baseline", raising=False)
     names: dict = {}
-    exec(block_with('ESTIMATORS["above_zero"]'), names)
+    exec(block_with('ESTIMATORS["no_baseline"]'), names)
     assert issubclass(names["Bounded"], GRPOExtTrainer)
-    assert ESTIMATORS.pop("above_zero").function is names["above_zero"]
+    assert ESTIMATORS.pop("no_baseline").function is names["no_baseline"]
 
 
 def test_the_example_of_a_config_of_ones_own_parses(tmp_path, monkeypatch):
