@@ -3,6 +3,7 @@
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from tests.support.tokenizers import FAST, PIECES, REPLACEMENT, characters, comp
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.rewards.types import parse_reward
 from trl_grpo_ext.steps.alignment import AlignedText, align_tokens
-from trl_grpo_ext.steps.segmentation import Segmentation, segment, split_text
+from trl_grpo_ext.steps.segmentation import Segmentation, as_segmentation, segment, split_text
 
 
 # In one process with the other tests of real tokenizers, which take seconds to load
@@ -165,15 +166,15 @@ def test_each_step_ends_in_the_token_with_its_last_character(name, data):
     aligned = align_tokens(load_tokenizer(name), ids)
     steps = segment(aligned, Segmentation(by))
     if steps:
-        read = parse_reward(StepRewards([step.end for step in steps], [1.0] * len(steps)), len(ids), "steps")
-        assert [step.end for step in steps] == read.ends
+        read = parse_reward(StepRewards([step.last_token for step in steps], [1.0] * len(steps)), len(ids), "steps")
+        assert [step.last_token for step in steps] == read.ends
     held = characters(name, ids)
     last = [held[end - 1] for _, end in split_text(aligned.text, by)]
     if all(character.text != REPLACEMENT for character in last):
-        assert [step.end for step in steps] == list(dict.fromkeys(character.last for character in last))
+        assert [step.last_token for step in steps] == list(dict.fromkeys(character.last for character in last))
     # An invalid byte may stay open until the next token
     for step in steps:
-        assert any(character.first <= step.end <= character.last for character in last)
+        assert any(character.first <= step.last_token <= character.last for character in last)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -187,10 +188,10 @@ def test_joined_steps_are_as_long_and_as_many_as_asked_and_lose_no_text(name, da
     every = segment(aligned, Segmentation(by, window=3))
     steps = segment(aligned, Segmentation(by, window=3, min_step_tokens=shortest, max_steps=most))
     assert "".join("".join(step.text.split()) for step in steps) == "".join(aligned.text.split())
-    assert {step.end for step in steps} <= {step.end for step in every}
-    assert [step.end for step in steps[-1:]] == [step.end for step in every[-1:]]
+    assert {step.last_token for step in steps} <= {step.last_token for step in every}
+    assert [step.last_token for step in steps[-1:]] == [step.last_token for step in every[-1:]]
     assert most is None or len(steps) <= most
-    sizes = [right - left for left, right in pairwise([-1, *(step.end for step in steps)])]
+    sizes = [right - left for left, right in pairwise([-1, *(step.last_token for step in steps)])]
     assert len(sizes) <= 1 or min(sizes) >= shortest
 
 
@@ -201,7 +202,7 @@ def test_tokens_up_to_the_ends_spell_the_steps(name):
     ids = tokenizer.encode("\n\n".join(paragraphs), add_special_tokens=False)
     steps = segment(align_tokens(tokenizer, ids), Segmentation())
     assert [step.text for step in steps] == paragraphs
-    pieces = [ids[left + 1 : right + 1] for left, right in pairwise([-1, *(step.end for step in steps)])]
+    pieces = [ids[left + 1 : right + 1] for left, right in pairwise([-1, *(step.last_token for step in steps)])]
     assert [tokenizer.decode(piece).strip() for piece in pieces] == paragraphs
 
 
@@ -246,6 +247,58 @@ def test_worked_examples_of_joined_steps(options, expected):
 def test_a_bad_segmentation_is_refused_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=f"^Segmentation: {message}"):
         Segmentation(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": None}, "by is None; expected a text or a callable"),
+        ({"by": 5}, "by is 5; expected a text or a callable"),
+        ({"by": Segmentation}, "by is <class .*>; expected a text or a callable"),
+        ({"window": "5"}, "window is '5'; expected a whole number"),
+        ({"window": True}, "window is True; expected a whole number"),
+        ({"window": 2.5, "by": "tokens"}, "window is 2.5; expected a whole number"),
+        ({"min_step_tokens": None}, "min_step_tokens is None; expected a whole number"),
+        ({"max_steps": 1.5}, "max_steps is 1.5; expected a whole number"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_when_the_segmentation_is_made(options, message):
+    with pytest.raises(TypeError, match=f"^Segmentation: {message}"):
+        Segmentation(**options)
+
+
+def test_what_a_user_means_by_a_segmentation():
+    lines = Segmentation("newline")
+    cut = str.split
+    assert as_segmentation(lines) is lines
+    assert as_segmentation("newline") == as_segmentation({"by": "newline"}) == lines
+    assert as_segmentation(cut) == Segmentation(cut)
+    with pytest.raises(TypeError, match="by is None"):
+        as_segmentation(None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r"the callable returned None; expected a list of character indices"),
+        ("12", r"the callable returned '12'; expected a list"),
+        ([1.5], r"ends\[0\] = 1.5; expected the index of a character"),
+        ([1, None], r"ends\[1\] = None; expected the index"),
+        (["a", "b"], r"ends\[0\] = 'a'; expected the index"),
+    ],
+)
+def test_a_callable_that_returns_no_indices_is_refused(returned, message):
+    with pytest.raises(TypeError, match=message):
+        split_text("abc", lambda text: returned)
+
+
+@pytest.mark.parametrize(
+    "ends", [[1, 2], (1, 2), np.array([1, 2]), range(1, 3)], ids=["list", "tuple", "numpy", "range"]
+)
+def test_a_callable_may_return_any_list_of_indices(ends):
+    assert (
+        split_text("abc", lambda text: iter(ends)) == split_text("abc", lambda text: ends) == [(0, 1), (1, 2), (2, 3)]
+    )
 
 
 @pytest.mark.parametrize("ends", [[3, 2], [-1], [4]])

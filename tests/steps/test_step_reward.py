@@ -3,11 +3,14 @@
 import asyncio
 import copy
 import functools
+import inspect
 import pickle
 from itertools import accumulate
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +22,7 @@ from tests.support.training import FixedCompletions
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, Segmentation, StepRewards, step_reward
 from trl_grpo_ext._trl import is_async_callable
 from trl_grpo_ext.rewards.sources import wrap_source
-from trl_grpo_ext.rewards.types import PreparedSource
+from trl_grpo_ext.rewards.types import PreparableSource
 
 
 STEPS = ["First, 3 * 4 = 12 apples.", "Then 12 - 2 = 10.", "The answer is 10."]
@@ -195,6 +198,68 @@ def test_whatever_can_be_called_by_name_can_judge(function, name, is_async):
 # What it is
 
 
+class Grader:
+    """Decorated methods."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    @step_reward(by="newline", reduce="min")
+    def judge(self, steps, offset=0):
+        """Judge."""
+        return [self.factor + step_number + offset for step_number, _ in enumerate(steps)]
+
+    @step_reward(name="later")
+    async def judge_later(self, steps):
+        return [self.factor] * len(steps)
+
+    @staticmethod
+    @step_reward
+    def alone(steps):
+        return [7.0] * len(steps)
+
+    # An object that can be called is not bound by Python either
+    held = step_reward(Judge(5.0))
+
+
+def test_a_decorated_method_judges_with_its_object():
+    two = Grader(2.0).judge
+    assert (two.__name__, two.__doc__, two.reduce) == ("judge", "Judge.", "min")
+    # Another object's method does not change the first one's
+    assert call(Grader(3.0).judge, ["a\nb"]) == [StepRewards([1, 2], [3.0, 4.0])]
+    assert call(two, ["a\nb"]) == [StepRewards([1, 2], [2.0, 3.0])]
+    assert call(Grader(4.0).judge_later, ["a"]) == [StepRewards([0], [4.0])]
+    assert Grader(4.0).judge_later.__name__ == "later"
+    assert is_async_callable(Grader(4.0).judge_later)
+    assert call(Grader(2.0).alone, ["a"]) == [StepRewards([0], [7.0])]
+    assert call(Grader(2.0).held, ["a"]) == [StepRewards([0], [5.0])]
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda source: pickle.loads(pickle.dumps(source))])
+def test_copies_and_pickles_of_a_decorated_method_judge_alike(make):
+    bound = prepared(Grader(2.0).judge)
+    made = make(bound)
+    assert made is not bound and made.policy_tokenizer is not None
+    assert call(made, ["a\nb"]) == [StepRewards([1, 2], [2.0, 3.0])]
+
+
+def test_a_decorated_method_without_self_is_refused_where_it_is_bound():
+    class Wrong:
+        @step_reward
+        def judge(steps):
+            return steps
+
+    with pytest.raises(TypeError, match="reward source 'judge' has no parameter `steps`"):
+        Wrong().judge  # noqa: B018
+
+
+def test_the_signature_is_that_of_trl_s_call():
+    for source in (module_judge, Grader(1.0).judge):
+        assert list(inspect.signature(source).parameters) == ["prompts", "completions", "completion_ids", "columns"]
+    with pytest.raises(TypeError, match="'lengths' has been made a reward function of steps already"):
+        step_reward(step_reward(lengths))
+
+
 def test_three_ways_to_decorate():
     def judge(steps):
         """Judges."""
@@ -202,7 +267,7 @@ def test_three_ways_to_decorate():
 
     for source in (step_reward(judge), step_reward()(judge), step_reward(by="newline")(judge)):
         assert (source.__name__, source.__doc__) == ("judge", "Judges.")
-        assert isinstance(source, PreparedSource)
+        assert isinstance(source, PreparableSource)
     assert call(step_reward(by="newline")(judge), ["a\nbc"]) == [StepRewards([1, 3], [1.0, 2.0])]
     assert call(step_reward(judge), ["a\nbc"]) == [StepRewards([3], [4.0])]
 
@@ -254,6 +319,23 @@ def test_a_completion_without_steps_is_not_shown_to_the_function(text):
     calls = []
     assert call(record(calls), [text, "x"])[0] == StepRewards([], [])
     assert [given["steps"] for given in calls] == [["x"]]
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        list,
+        tuple,
+        iter,
+        np.array,
+        torch.tensor,
+        lambda values: map(torch.tensor, values),
+        lambda values: map(np.float32, values),
+    ],
+)
+def test_any_list_of_numbers_is_taken(listed):
+    source = step_reward(lambda steps: listed([float(len(step)) for step in steps]))
+    assert call(source, ["a\n\nbc"]) == [StepRewards([2, 4], [1.0, 2.0])]
 
 
 def test_none_is_not_scored_for_a_step_and_not_judged_for_a_completion():
@@ -335,6 +417,54 @@ def test_all_completions_are_judged_at_the_same_time():
     given = call(judge, ["a", "bb", "", "ccc"])
     assert [rewards.values for rewards in given] == [[1.0], [2.0], [], [3.0]]
     assert [] not in started
+
+
+class Table:
+    """The columns that TRL would log."""
+
+    def __init__(self):
+        self.columns = {}
+
+    def log_extra(self, column, values):
+        self.columns.setdefault(column, []).extend(values)
+
+
+def test_what_is_logged_lies_in_the_row_of_its_completion():
+    """Judgements end in the order of their lengths, one completion has no step, and one logs nothing."""
+
+    async def slow(steps, log_extra):
+        await asyncio.sleep(0.02 * len(steps[0]))
+        if steps[0] != "c":
+            log_extra("first", [steps[0]])
+        return lengths(steps)
+
+    def quick(steps, log_extra):
+        if steps[0] == "bb":
+            log_extra("only", ["bb"])
+        return lengths(steps)
+
+    table = Table()
+    for function in (slow, quick):
+        call(step_reward(function), ["aaaa", "bb", "", "c", "ddd"], log_extra=table.log_extra)
+    assert table.columns == {"first": ["aaaa", "bb", None, None, "ddd"], "only": [None, "bb", None, None, None]}
+
+
+@pytest.mark.parametrize("values", [1.0, "text", [], [1.0, 2.0]])
+def test_a_completion_logs_one_value(values):
+    def judge(steps, log_extra):
+        log_extra("column", values)
+
+    with pytest.raises(ValueError, match=r"completion 0: log_extra\('column', .*one value of this completion"):
+        call(step_reward(judge), ["a"], log_extra=Table().log_extra)
+
+
+def test_a_completion_logs_once():
+    def judge(steps, log_extra):
+        log_extra("column", [1])
+        log_extra("column", [2])
+
+    with pytest.raises(ValueError, match=r"log_extra\('column', ...\) is called twice for one completion"):
+        call(step_reward(judge), ["a"], log_extra=Table().log_extra)
 
 
 def test_the_first_failure_cancels_the_others():

@@ -8,7 +8,7 @@ from accelerate import Accelerator, DistributedType, PartialState
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from ..rewards.types import PreparedSource
+from ..rewards.types import PreparableSource
 from .base import RewardModel
 from .batching import TokenBatchedModel
 from .checkpoint import ADAPTER_PREFIX, Checkpoint, locate_checkpoint, split_options, whole_on_every_process
@@ -143,7 +143,7 @@ def prepare_reward_sources(
             Largest number of padded tokens in one forward of a model; `None` for no bound.
 
     Returns:
-        `list`: a sequence classifier is cut to `batch_tokens`, a [`~trl_grpo_ext.rewards.types.PreparedSource`] is
+        `list`: a sequence classifier is cut to `batch_tokens`, a [`~trl_grpo_ext.rewards.types.PreparableSource`] is
         prepared, a function is itself.
     """
     prepared: list[Any] = []
@@ -151,7 +151,7 @@ def prepare_reward_sources(
         if isinstance(source, nn.Module):
             prepared.append(source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator))
             continue
-        if isinstance(source, PreparedSource):
+        if isinstance(source, PreparableSource):
             source.prepare(accelerator, policy_tokenizer, batch_tokens)
         prepared.append(source)
     return prepared

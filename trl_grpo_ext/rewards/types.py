@@ -46,11 +46,16 @@ class StepRewards:
 
 
 @runtime_checkable
-class PreparedSource(Protocol):
+class PreparableSource(Protocol):
     """A reward source that the trainer prepares: a model to place, or one that reads the policy's tokens."""
 
     def prepare(self, accelerator: Any, policy_tokenizer: Any, batch_tokens: int | None) -> None:
-        """Called once, before the first batch, with what the trainer has and `reward_batch_tokens`."""
+        """
+        Take what the trainer has, and its `reward_batch_tokens`.
+
+        Called when the trainer is made, and again before each batch, because another trainer may have prepared the
+        same source since. So a second call with the same arguments must be cheap.
+        """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's call of a reward function."""
@@ -86,7 +91,8 @@ def check_finite(value: Any, what: str) -> float:
     return float(value)
 
 
-def _number(value: Any, what: str) -> float:
+def check_number(value: Any, what: str) -> float:
+    """[`check_finite`] of what may be anything: `TypeError` if it is not a number."""
     if not isinstance(value, (Real, Decimal)):
         raise TypeError(f"{what} is {value!r}, which is not a number.")
     return check_finite(value, what)
@@ -100,7 +106,7 @@ def _parse_steps(reward: StepRewards, length: int, where: str) -> StepRewards | 
     values = plain(list(reward.values))
     if len(ends) != len(values):
         raise ValueError(f"{where}: StepRewards has {len(ends)} `ends` but {len(values)} `values`.")
-    values = [None if v is None else _number(v, f"{where}: values[{k}]") for k, v in enumerate(values)]
+    values = [None if v is None else check_number(v, f"{where}: values[{k}]") for k, v in enumerate(values)]
     previous = -1
     for position, end in enumerate(ends):
         if isinstance(end, bool) or not isinstance(end, int):
@@ -167,7 +173,7 @@ def _parse_tokens(values: list[Any], length: int, where: str) -> StepRewards | N
     if len(values) != length:
         hint = " For one reward of the whole completion return the number itself." if len(values) == 1 else ""
         raise ValueError(f"{where}: {len(values)} token rewards for a completion of {length} tokens.{hint}")
-    numbers = [_number(reward, f"{where}: token rewards[{token}]") for token, reward in enumerate(values)]
+    numbers = [check_number(reward, f"{where}: token rewards[{token}]") for token, reward in enumerate(values)]
     return StepRewards(list(range(length)), numbers) if numbers else None
 
 

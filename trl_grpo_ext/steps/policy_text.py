@@ -8,6 +8,10 @@ from .alignment import align_tokens, strip_special
 from .segmentation import Segmentation, Step, segment
 
 
+# The type of a part of a message that is text, and the key under which the text is
+_TEXT = "text"
+
+
 def last_user_text(prompt: Any) -> str:
     """
     The problem that a prompt poses: a plain prompt as it is, or what the user said last in a conversation.
@@ -17,22 +21,42 @@ def last_user_text(prompt: Any) -> str:
             A prompt as TRL gives it to reward functions.
 
     Raises:
-        ValueError: a conversation without a user message, or whose last one is not text.
+        ValueError: a conversation without a user message, or whose last one has no text or has parts beside it.
     """
     if isinstance(prompt, str):
         return prompt
     said = [message["content"] for message in prompt if message["role"] == "user"]
-    if not said or not isinstance(said[-1], str):
+    beside = [kind for kind in _kinds_of_parts(said[-1]) if kind != _TEXT] if said else []
+    if beside:
+        raise ValueError(
+            "the problem is the text of the prompt's last user message, which also has parts of type "
+            f"{', '.join(dict.fromkeys(beside))}; use reward functions that do not need the problem."
+        )
+    if not said or not _message_text(said[-1]):
         raise ValueError(
             "the problem is the text of the prompt's last user message, and there is none in the prompt "
             f"{prompt!r}; use reward functions that do not need it."
         )
-    return said[-1]
+    return _message_text(said[-1])
+
+
+def _kinds_of_parts(content: Any) -> list[str]:
+    """The type of each part of a message's content, which is a text or a list of `{"type": ..., ...}`."""
+    return [part["type"] for part in content] if isinstance(content, list) else [_TEXT]
+
+
+def _message_text(content: Any) -> str:
+    """The text of a message: its content, or the text parts of it one after the other, as in chat templates."""
+    if isinstance(content, list):
+        return "".join(part[_TEXT] for part in content if part["type"] == _TEXT)
+    return content or ""
 
 
 def assistant_text(completion: Any) -> str:
     """
     What the policy wrote: a plain completion as it is, or the texts of its messages joined by blank lines.
+
+    Parts of a message that are no text are left out.
 
     Args:
         completion (`str` or `list[dict]`):
@@ -40,9 +64,8 @@ def assistant_text(completion: Any) -> str:
     """
     if isinstance(completion, str):
         return completion
-    return "\n\n".join(
-        message["content"] for message in completion if message["role"] == "assistant" and message.get("content")
-    )
+    texts = [_message_text(message.get("content")) for message in completion if message["role"] == "assistant"]
+    return "\n\n".join(text for text in texts if text)
 
 
 def policy_steps(
@@ -62,7 +85,7 @@ def policy_steps(
             Names the reward source in the error.
 
     Returns:
-        `list[Step]`: `end` of each is an index into `completion_ids`.
+        `list[Step]`: `last_token` of each is an index into `completion_ids`.
 
     Raises:
         ValueError: `policy_tokenizer` is `None`; the message names `source`.
@@ -79,7 +102,7 @@ def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None
     """
     Put the score of each step on the step's last token.
 
-        StepRewards(ends[k] = steps[k].end, values[k] = scores[k])
+        StepRewards(ends[k] = steps[k].last_token, values[k] = scores[k])
 
     Args:
         steps (`Sequence[Step]`):
@@ -91,4 +114,4 @@ def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None
     Returns:
         [`StepRewards`], or `None` for a completion that was not judged.
     """
-    return None if scores is None else StepRewards([step.end for step in steps], list(scores))
+    return None if scores is None else StepRewards([step.last_token for step in steps], list(scores))

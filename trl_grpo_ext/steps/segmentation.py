@@ -1,11 +1,12 @@
 """The steps of a text, and the policy's token that ends each step."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..rewards.types import is_list_like, plain
 from .alignment import AlignedText, end_token
 
 
@@ -36,14 +37,14 @@ class Step(NamedTuple):
 
     Args:
         text (`str`):
-            The step without surrounding white space.
-        end (`int`):
-            Index into `completion_ids` of the token with the step's last character. The white space after a step
-            belongs to the step.
+            The step without white space at its two ends, the indentation of its first line included.
+        last_token (`int`):
+            Index into `completion_ids` of the token that ends the step. The separator after a step belongs to the
+            step.
     """
 
     text: str
-    end: int
+    last_token: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Segmentation:
             The largest number of steps. What follows is joined with the last of them.
 
     Raises:
+        TypeError: a `by` that is neither a text nor a callable, or a number that is not whole.
         ValueError: an unknown `by`, a pattern that is not a regular expression, or a number below 1.
     """
 
@@ -83,14 +85,35 @@ class Segmentation:
     max_steps: int | None = None
 
     def __post_init__(self):
+        if not isinstance(self.by, str) and (isinstance(self.by, type) or not callable(self.by)):
+            raise TypeError(f"Segmentation: by is {self.by!r}; expected a text or a callable.")
         if isinstance(self.by, str) and self.by != _TOKENS:
             _separator(self.by)
         numbers = {"window": self.window, "min_step_tokens": self.min_step_tokens}
         if self.max_steps is not None:
             numbers["max_steps"] = self.max_steps
         for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Segmentation: {name} is {value!r}; expected a whole number.")
             if value < 1:
                 raise ValueError(f"Segmentation: {name} is {value}; it must be at least 1.")
+
+
+def as_segmentation(value: Any) -> Segmentation:
+    """
+    The [`Segmentation`] that a user means, wherever one is asked for.
+
+    Args:
+        value ([`Segmentation`], `str`, `Callable[[str], Sequence[int]]` or `Mapping[str, Any]`):
+            A segmentation, its argument `by`, or all its arguments as plain data.
+
+    Raises:
+        TypeError: none of these; or as [`Segmentation`], of which an unknown argument is another.
+        ValueError: as [`Segmentation`].
+    """
+    if isinstance(value, Segmentation):
+        return value
+    return Segmentation(**value) if isinstance(value, Mapping) else Segmentation(value)
 
 
 def _separator(by: str) -> re.Pattern[str]:
@@ -160,8 +183,15 @@ def _outside(cuts: Iterable[int], protected: Sequence[Span]) -> list[int]:
 
 
 def _called(by: Callable[[str], Sequence[int]], text: str) -> list[int]:
-    ends = list(by(text))
+    returned = by(text)
+    if not is_list_like(returned):
+        raise TypeError(f"Segmentation: the callable returned {returned!r}; expected a list of character indices.")
+    ends = plain(list(returned))
     for position, end in enumerate(ends):
+        if isinstance(end, bool) or not isinstance(end, int):
+            raise TypeError(
+                f"Segmentation: the callable returned ends[{position}] = {end!r}; expected the index of a character."
+            )
         before = ends[position - 1] if position else 0
         if not before <= end <= len(text):
             raise ValueError(
@@ -196,6 +226,7 @@ def split_text(text: str, by: str | Callable[[str], Sequence[int]]) -> list[Span
         `list[Span]`: contiguous from 0 to `len(text)`, none of them white space alone. Empty for a text that is.
 
     Raises:
+        TypeError: a callable that returns no list of whole numbers.
         ValueError: an unknown `by`, or a callable's ends that do not increase or leave the text.
     """
     if not isinstance(by, str):
@@ -226,24 +257,25 @@ def segment(aligned: AlignedText, segmentation: Segmentation) -> list[Step]:
     else:
         spans = split_text(text, segmentation.by)
     # Of several steps that end in one token, the last one's characters
-    char_ends = {end_token(token_ends, span.end): span.end for span in spans}
+    char_end_of_token = {end_token(token_ends, span.end): span.end for span in spans}
     steps = []
     start = 0
-    for end in _join_steps(list(char_ends), segmentation):
-        steps.append(Step(text[start : char_ends[end]].strip(), end))
-        start = char_ends[end]
+    for last_token in _join_steps(list(char_end_of_token), segmentation):
+        end = char_end_of_token[last_token]
+        steps.append(Step(text[start:end].strip(), last_token))
+        start = end
     return steps
 
 
-def _join_steps(ends: list[int], segmentation: Segmentation) -> list[int]:
+def _join_steps(last_tokens: list[int], segmentation: Segmentation) -> list[int]:
     """The last tokens that are left when steps are joined as `min_step_tokens` and `max_steps` say."""
     kept: list[int] = []
     previous = -1
-    for end in ends:
-        if end - previous >= segmentation.min_step_tokens:
-            kept.append(end)
-            previous = end
+    for last_token in last_tokens:
+        if last_token - previous >= segmentation.min_step_tokens:
+            kept.append(last_token)
+            previous = last_token
     if segmentation.max_steps is not None:
         kept = kept[: segmentation.max_steps]
     # The last step takes what is too short to stand alone and what is beyond `max_steps`
-    return [*kept[:-1], *ends[-1:]]
+    return [*kept[:-1], *last_tokens[-1:]]

@@ -1,26 +1,30 @@
 """Reward functions that judge the texts of a completion's steps."""
 
 import asyncio
+import copy
 import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Coroutine, Sequence
-from decimal import Decimal
-from numbers import Real
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 from .._trl import is_async_callable
 from ..rewards.step_reductions import STEP_REDUCTIONS
-from ..rewards.types import StepRewards, check_finite, is_list_like, plain
+from ..rewards.types import StepRewards, check_number, is_list_like, plain
+from .extra_logs import ExtraLogs
 from .named_arguments import NamedParameters, value_of_row
 from .policy_text import last_user_text, place_on_tokens, policy_steps
-from .segmentation import Segmentation, Step
+from .segmentation import Segmentation, Step, as_segmentation
 
 
 _Result = TypeVar("_Result")
 
 # Characters of a step that an error shows
 _EXCERPT = 60
+
+_LOG_EXTRA = "log_extra"
+# What a function may name beside the columns of the dataset
+_GIVEN = ("problem", "steps", "prompt", "trainer_state", _LOG_EXTRA, "log_metric", "environments")
 
 _Judge = Callable[..., Any]
 _By = str | Segmentation | Callable[[str], Sequence[int]]
@@ -45,13 +49,17 @@ def step_reward(
     """
     Make a reward function of a function that judges the texts of a completion's steps.
 
-    With `steps[k]` the text of step k, and `ends[k]` the index into `completion_ids` of the token with the last
-    character of step k, a completion earns
+    With `steps[k]` the text of step k, and `ends[k]` the index into `completion_ids` of the token that ends step k, a
+    completion earns
 
         StepRewards(ends, values=function(problem=problem, steps=steps, ...))
 
-    The white space between two steps belongs to the first of them: it counts for `ends[k]` and is left out of
-    `steps[k]`. Steps are found in the text, because a separator may be part of a token, such as `".\\n\\n"`.
+    The separator belongs to the step before it, so `ends[k]` is the token that ends the separator. White space at both
+    ends of a step is left out of `steps[k]`, its indentation too. Steps are found in the text, because a separator may
+    be part of a token, such as `".\\n\\n"`.
+
+    A reward whose token is outside the loss mask does not count. With tools this happens where a tool's output begins
+    within the separator. The metric `rewards/{source}/masked` is the share of such steps.
 
     The function is called once for each completion that has steps. Its arguments are given by name:
 
@@ -59,7 +67,9 @@ def step_reward(
     - `steps` (`list[str]`): the texts of the steps.
     - `prompt` and every other column of the dataset: the value in the completion's row. A column that is called
       `problem` or `steps` is not given.
-    - `trainer_state`, `log_extra` and `log_metric`, as TRL gives them to every reward function.
+    - `trainer_state` and `log_metric`, as TRL gives them to every reward function.
+    - `log_extra(column, [value])`: puts the value into the completion's row of TRL's completions table. Rows for which
+      it is not called hold `None`.
 
     A function with `**columns` gets all of them, any other function those that it names. It returns one number for
     each step, `None` for a step that it does not score, or `None` in place of the list for a completion that it does
@@ -69,8 +79,9 @@ def step_reward(
 
     Args:
         function (`Callable`, *optional*):
-            The function, a bound method or an object that can be called. Without it, a decorator is returned, so that
-            `@step_reward`, `@step_reward()` and `@step_reward(by="newline")` all work.
+            The function, a method or an object that can be called. Without it, a decorator is returned, so that
+            `@step_reward`, `@step_reward()` and `@step_reward(by="newline")` all work. A decorated method is bound to
+            its object, as methods are.
         by (`str`, [`Segmentation`] or `Callable[[str], Sequence[int]]`, *optional*, defaults to `"blank_line"`):
             Where steps end: a [`Segmentation`], or its argument `by`.
         name (`str`, *optional*):
@@ -84,7 +95,8 @@ def step_reward(
         Set it yourself to call the reward function elsewhere.
 
     Raises:
-        TypeError: `function` is a class, or has no parameter `steps` that can be given by name.
+        TypeError: `function` is a class, or has no parameter `steps` that can be given by name; `by` is none of the
+            three.
         ValueError: an unknown `by` or `reduce`.
 
     Example:
@@ -95,7 +107,7 @@ def step_reward(
     ...     return [float(answer in step) for step in steps]
     ```
     """
-    segmentation = by if isinstance(by, Segmentation) else Segmentation(by)
+    segmentation = as_segmentation(by)
 
     def decorate(judge: _Judge) -> StepRewardFunction:
         if not callable(judge) or inspect.isclass(judge):
@@ -103,10 +115,19 @@ def step_reward(
                 f"step_reward takes a function or an object that can be called, got {judge!r}; `by` is given by name, "
                 "and a class as an instance of it."
             )
+        if isinstance(judge, StepRewardFunction):
+            raise TypeError(f"step_reward: {judge.__name__!r} has been made a reward function of steps already.")
         kind = AsyncStepRewardFunction if is_async_callable(judge) else StepRewardFunction
         return kind(judge, segmentation, name, reduce)
 
     return decorate if function is None else decorate(function)
+
+
+@runtime_checkable
+class _Descriptor(Protocol):
+    """What Python binds to the object whose attribute it is, such as a function."""
+
+    def __get__(self, instance: Any, owner: type | None = None, /) -> Any: ...
 
 
 class _Completion(NamedTuple):
@@ -150,9 +171,9 @@ class StepRewardFunction:
             self.reduce = reduce
         if reduce not in (None, *STEP_REDUCTIONS):
             raise ValueError(f"{self._where}: reduce={reduce!r}; known: {', '.join(map(repr, STEP_REDUCTIONS))}.")
-        self._parameters = NamedParameters.of(function, self._where)
-        if not self._parameters.takes("steps"):
-            raise TypeError(f"{self._where} has no parameter `steps`; expected function(problem, steps, **columns).")
+        self._parameters = _parameters_of(function, self._where)
+        # Without it `inspect` takes an object with `__get__` for a builtin
+        self.__signature__ = inspect.signature(self.__call__)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.__name__!r})"
@@ -162,7 +183,29 @@ class StepRewardFunction:
         path = f"{self.function.__module__}:{self.function.__qualname__}" if inspect.isfunction(self.function) else ""
         if _resolve(path) is self:
             return _restore, (path, {**self.__dict__, "function": None})
+        if inspect.ismethod(self.function):
+            # The name of a decorated method leads to this object too
+            owner = self.function.__self__
+            name = self.function.__name__
+            if isinstance(inspect.getattr_static(owner, name, None), StepRewardFunction):
+                state = {key: value for key, value in self.__dict__.items() if key not in ("function", "_parameters")}
+                return _restore_method, (owner, name, state)
         return super().__reduce__()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> "StepRewardFunction":
+        """Of a decorated method: the reward function whose `self` is `instance`."""
+        # An object that can be called is none, and is not bound by Python either
+        if instance is None or not isinstance(self.function, _Descriptor):
+            return self
+        bound = copy.copy(self)
+        bound.function = self.function.__get__(instance, owner)
+        bound._parameters = _parameters_of(bound.function, self._where)
+        return bound
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The parameters without a default that a column of the dataset must have the name of."""
+        return [name for name in self._parameters.required if name not in _GIVEN]
 
     def prepare(self, accelerator: Any, policy_tokenizer: Any, batch_tokens: int | None) -> None:
         """Take the tokenizer of the policy whose `completion_ids` will come."""
@@ -187,11 +230,19 @@ class StepRewardFunction:
             ValueError: the policy's tokenizer is not set, or the function returned another number of rewards than
                 there are steps, or one that is not finite.
         """
-        to_judge = self._to_judge(prompts, completion_ids, columns)
-        return [_parse(one, self.function(**one.arguments) if one.steps else []) for one in to_judge]
+        logs = ExtraLogs(len(prompts))
+        to_judge = self._to_judge(prompts, completion_ids, columns, logs)
+        rewards = [_parse(one, self.function(**one.arguments) if one.steps else []) for one in to_judge]
+        if _LOG_EXTRA in columns:
+            logs.hand_over(columns[_LOG_EXTRA])
+        return rewards
 
     def _to_judge(
-        self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], columns: dict[str, Any]
+        self,
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: dict[str, Any],
+        logs: ExtraLogs,
     ) -> list[_Completion]:
         """All completions of a batch, before the first is judged: an error in the batch costs no judgement."""
         completions = []
@@ -201,6 +252,8 @@ class StepRewardFunction:
             offered = {name: value_of_row(value, row, len(prompts), where, name) for name, value in columns.items()}
             offered["prompt"] = prompt
             offered["steps"] = [step.text for step in steps]
+            if _LOG_EXTRA in columns:
+                offered[_LOG_EXTRA] = logs.of_row(row, where)
             # Not every prompt has one: the last message may hold an image
             if self._parameters.takes("problem"):
                 offered["problem"] = last_user_text(prompt)
@@ -222,7 +275,12 @@ class AsyncStepRewardFunction(StepRewardFunction):
         async def judge(completion: _Completion) -> StepRewards | None:
             return _parse(completion, await self.function(**completion.arguments) if completion.steps else [])
 
-        return await _gather([judge(one) for one in self._to_judge(prompts, completion_ids, columns)])
+        logs = ExtraLogs(len(prompts))
+        to_judge = self._to_judge(prompts, completion_ids, columns, logs)
+        rewards = await _gather([judge(one) for one in to_judge])
+        if _LOG_EXTRA in columns:
+            logs.hand_over(columns[_LOG_EXTRA])
+        return rewards
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,15 +295,14 @@ def _parse(completion: _Completion, returned: Any) -> StepRewards | None:
         return None
     if not is_list_like(returned):
         raise TypeError(f"{where}: got {returned!r}; expected a list with one reward for each step, or None.")
-    values = list(returned)
+    # Entries of a generator may be NumPy's or torch's
+    values = plain(list(returned))
     if len(values) != len(steps):
         raise ValueError(f"{where}: {len(values)} rewards for {len(steps)} steps; use None for a step without one.")
     for position, (step, value) in enumerate(zip(steps, values, strict=True)):
         what = f"{where}: the reward of step {position}, {step.text[:_EXCERPT]!r},"
-        if value is not None and not isinstance(value, (Real, Decimal)):
-            raise TypeError(f"{what} is {value!r}, which is not a number.")
         if value is not None:
-            check_finite(value, what)
+            check_number(value, what)
     return place_on_tokens(steps, values)
 
 
@@ -262,7 +319,15 @@ async def _gather(judgements: Sequence[Coroutine[Any, Any, _Result]]) -> list[_R
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Names and pickles
+# Parameters, names and pickles
+
+
+def _parameters_of(function: _Judge, where: str) -> NamedParameters:
+    """The parameters of a function that judges steps; `TypeError` if `steps` is none of them."""
+    parameters = NamedParameters.of(function, where)
+    if not parameters.takes("steps"):
+        raise TypeError(f"{where} has no parameter `steps`; expected function(problem, steps, **columns).")
+    return parameters
 
 
 def _copy_metadata(function: _Judge, target: StepRewardFunction) -> None:
@@ -288,4 +353,11 @@ def _restore(path: str, state: dict[str, Any]) -> StepRewardFunction:
     found = pkgutil.resolve_name(path)
     restored = object.__new__(type(found))
     restored.__dict__.update({**state, "function": found.function})
+    return restored
+
+
+def _restore_method(owner: Any, name: str, state: dict[str, Any]) -> StepRewardFunction:
+    """A pickled copy of the decorated method `name` of an object."""
+    restored = inspect.getattr_static(owner, name).__get__(owner, type(owner))
+    restored.__dict__.update(state)
     return restored
