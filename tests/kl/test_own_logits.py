@@ -224,7 +224,7 @@ FIELDS = {
 
 
 def vision_language_batch(name):
-    """Two scored rows, the first with padding, and for two of the models with an image of four tokens."""
+    """Two scored rows, the second with padding, and for two of the models with an image of four tokens."""
     generator = torch.Generator().manual_seed(0)
     batch = {
         "prompt_ids": torch.randint(7, 40, (2, 12), generator=generator),
@@ -232,14 +232,14 @@ def vision_language_batch(name):
         "completion_ids": torch.randint(7, 40, (2, 9), generator=generator),
         "completion_mask": torch.ones(2, 9, dtype=torch.long),
     }
-    batch["prompt_mask"][0, :5] = 0
+    batch["prompt_mask"][1, :5] = 0
     if name in ("gemma3_soft_cap", "llava"):
-        batch["prompt_ids"][0, 6:10] = 5
+        batch["prompt_ids"][1, 6:10] = 5
         batch["pixel_values"] = torch.randn(1, 3, 8, 8, generator=generator)
-        batch["num_images"] = [1, 0]
+        batch["num_images"] = [0, 1]
     if name == "gemma3_soft_cap":
         batch["token_type_ids"] = torch.zeros(2, 21, dtype=torch.long)
-        batch["token_type_ids"][0, 6:10] = 1
+        batch["token_type_ids"][1, 6:10] = 1
     return batch
 
 

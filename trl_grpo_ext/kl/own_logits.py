@@ -35,9 +35,8 @@ _MOST_PADDING = 32
 # Mean absolute difference of the log-probs, in nats, that rounding may cause
 _ROUNDING = 1e-3
 _ROUNDING_OF_HALVES = 1e-1
-# What a model input has where there is padding, by its name; those that are not listed have no tokens
-_PADDING = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
-# What TRL hands to the model beside one number for each token
+# What TRL hands to the model beside the ids: one number for each token, and what images are made of
+_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 _IMAGE_INPUTS = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
     *("image_sizes", "image_position_ids"),
@@ -107,12 +106,15 @@ class OwnLogits:
     ) -> torch.Tensor:
         """Fused and own log-probs of a few tokens of this process, `(T, 2)`."""
         probe = probe_of(batch)
-        forward = both_forwards(model, language_model, self._temperature, padding, self._pad_id)
+        compared = compared_forward(model, language_model, probe, self._temperature, padding, self._pad_id)
+        rows = slice(probe.row + 1)
+        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)[rows]
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)[rows]
+        tokens = {name: batch[name][rows] for name in _TOKEN_INPUTS if name in batch}
         images = {name: batch[name] for name in _IMAGE_INPUTS if name in batch}
-        mask = torch.ones_like(probe.input_ids)
         with evaluation_mode(model):
-            log_probs, _, _ = score(forward, probe.input_ids, mask, probe.num_scored, **images, **probe.token_inputs)
-        return log_probs[0]
+            log_probs, _, _ = score(compared, input_ids, mask, probe.num_scored, batch_size=1, **tokens, **images)
+        return log_probs[-1]
 
     def _mean_difference(self, log_probs_T2: torch.Tensor) -> float:
         """Mean absolute difference of the log-probs of all processes, nats."""
@@ -124,19 +126,20 @@ class OwnLogits:
 
 class Probe(NamedTuple):
     """
-    A few tokens of a batch's first row, as one row without padding.
+    A few tokens of one row of a batch.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(1, L)`):
-            The last tokens of the prompt, and the first of the completion. With image inputs, all of the prompt.
-        token_inputs (`dict[str, torch.Tensor]`):
-            Other inputs with one number for each token, cut in the same way.
+        row (`int`):
+            Which row: the first one with an image, if any has one.
+        columns (`torch.Tensor`):
+            Which of its tokens, padding left out: the last ones of the prompt, with an image all of it, and the first
+            ones of the completion.
         num_scored (`int`):
             Of how many tokens at the end the log-probs are compared.
     """
 
-    input_ids: torch.Tensor
-    token_inputs: dict[str, torch.Tensor]
+    row: int
+    columns: torch.Tensor
     num_scored: int
 
 
@@ -148,14 +151,14 @@ def probe_of(batch: Mapping[str, Any]) -> Probe:
         batch (`Mapping[str, Any]`):
             A batch as TRL scored it.
     """
-    in_prompt = batch["prompt_mask"][0].nonzero()[:, 0]
-    in_completion = batch["completion_mask"][0].nonzero()[:, 0][:_TOKENS] + batch["prompt_mask"].size(1)
-    if "pixel_values" not in batch:
+    with_images = [row for row, count in enumerate(batch.get("num_images") or []) if count]
+    row = with_images[0] if with_images else 0
+    in_prompt = batch["prompt_mask"][row].nonzero()[:, 0]
+    in_completion = batch["completion_mask"][row].nonzero()[:, 0][:_TOKENS] + batch["prompt_mask"].size(1)
+    if not with_images:
         in_prompt = in_prompt[-_TOKENS:]
     columns = torch.cat([in_prompt, in_completion])
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    token_inputs = {name: batch[name][:1, columns] for name in _PADDING if name in batch}
-    return Probe(input_ids[:1, columns], token_inputs, max(1, min(columns.numel(), 2 * _TOKENS) - 1))
+    return Probe(row, columns, max(0, min(columns.numel(), 2 * _TOKENS) - 1))
 
 
 def most_padding(prompt_mask: torch.Tensor) -> torch.Tensor:
@@ -163,19 +166,22 @@ def most_padding(prompt_mask: torch.Tensor) -> torch.Tensor:
     return (prompt_mask == 0).sum(1).max().clamp(max=_MOST_PADDING).reshape(1)
 
 
-def both_forwards(
-    model: Any, language_model: PreTrainedModel, temperature: float, padding: int, pad_id: int
+def compared_forward(
+    model: Any, language_model: PreTrainedModel, probe: Probe, temperature: float, padding: int, pad_id: int
 ) -> Callable[..., Any]:
     """
-    A forward for TRL to call on one row, whose output holds fused and own log-probs in place of the fused ones.
+    A forward for TRL to call on one row after the other, whose output holds fused and own log-probs of the probe.
 
-    TRL cuts the scored positions out of `log_probs` and returns them, whatever its last dimension: `(1, T, 2)`.
+    TRL cuts each row's image inputs out of the batch. It returns what is in `log_probs`, whatever the last dimension:
+    `(1, T, 2)`, without meaning for the rows before the probe's.
 
     Args:
         model (`nn.Module`):
             The policy.
         language_model ([`~transformers.PreTrainedModel`]):
             The causal language model in it.
+        probe ([`Probe`]):
+            The tokens.
         temperature (`float`):
             What logits are divided by.
         padding (`int`):
@@ -183,33 +189,34 @@ def both_forwards(
         pad_id (`int`):
             Their id.
     """
+    rows = iter(range(probe.row + 1))
+    count = probe.num_scored
 
-    def run_both(**kwargs: Any) -> FusedCausalLMOutput:
-        padded = {name: _pad_left(name, value, padding, pad_id) for name, value in kwargs.items()}
-        fused = model(**padded).log_probs
-        labels = kwargs.pop("labels")
-        kwargs.pop("fused_lm_head")
-        num_scored = int((labels[:, 1:] != -100).sum())
-        with logits_of_last(language_model, num_scored + 1):
-            logits = model(**kwargs, use_cache=False).logits[:, :-1]
-        scored = labels[:, labels.size(1) - num_scored :].to(logits.device)
-        own = chosen_log_probs(logits / temperature, scored)
-        fused = fused[:, fused.size(1) - num_scored :]
+    def forward(*, labels: torch.Tensor, fused_lm_head: bool, **kwargs: Any) -> FusedCausalLMOutput:
+        if next(rows) < probe.row:
+            return FusedCausalLMOutput(log_probs=torch.zeros(1, count, 2, device=labels.device))
+        names = [name for name in ("input_ids", "attention_mask", *_TOKEN_INPUTS) if name in kwargs]
+        tokens = {name: kwargs.pop(name)[:, probe.columns] for name in names}
+        ids = tokens["input_ids"]
+        with logits_of_last(language_model, count + 1):
+            logits = model(**tokens, **kwargs, use_cache=False).logits[:, :-1]
+        own = chosen_log_probs(logits / temperature, ids[:, ids.size(1) - count :].to(logits.device))
+        fill = {"input_ids": pad_id, "labels": -100}
+        padded = {
+            name: functional.pad(value, (padding, 0), value=fill.get(name, 0))
+            for name, value in {**tokens, "labels": ids}.items()
+        }
+        fused = model(**padded, **kwargs, fused_lm_head=fused_lm_head).log_probs
+        fused = fused[:, fused.size(1) - count :]
         return FusedCausalLMOutput(log_probs=torch.stack([fused, own.to(fused)], dim=-1))
 
-    return run_both
+    return forward
 
 
 def chosen_log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """`z[id] - log sum_v exp z[v]` of each token, in float32 or better: `(..., T)` from `(..., T, V)`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def _pad_left(name: str, value: Any, padding: int, pad_id: int) -> Any:
-    if name == "input_ids":
-        return functional.pad(value, (padding, 0), value=pad_id)
-    return functional.pad(value, (padding, 0), value=_PADDING[name]) if name in _PADDING else value
 
 
 def rounding(model: nn.Module, is_autocast: bool, temperature: float) -> float:

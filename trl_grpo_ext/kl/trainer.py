@@ -182,13 +182,13 @@ class KLTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         forward = model
-        context: AbstractContextManager[Any] = nullcontext()
-        policy = self._unwrapped(self.model)
-        if not (self.args.uses_trl_kl or torch.is_grad_enabled()) and is_reference(model, self.ref_model, policy):
-            context = evaluation_mode(model)
+        mode: AbstractContextManager[Any] = nullcontext()
+        may_change = not (self.args.uses_trl_kl or torch.is_grad_enabled())
+        if may_change and is_reference(model, self.ref_model, self._unwrapped(self.model)):
+            mode = evaluation_mode(model)
             if self._reference is not None:
                 forward = self._reference.hidden_state_forward(model, logits_to_keep)
-        with context:
+        with mode:
             return super()._get_per_token_logps_and_entropies(
                 forward, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
