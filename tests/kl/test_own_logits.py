@@ -85,7 +85,7 @@ def prompts_of(length):
 
 def numbers(message):
     """Fused and own log-prob of the token that differs most, as the error shows them."""
-    return map(float, re.search(r"largest: (\S+) from hidden states, (\S+) from", message).groups())
+    return map(float, re.search(r"difference: (\S+) from hidden states, (\S+) from", message).groups())
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_nothing_else_of_the_run_changes(tiny_model, tmp_path, monkeypatch):
         return trainer
 
     calls = []
-    compare = OwnLogits._compare
-    monkeypatch.setattr(OwnLogits, "_compare", lambda *args: calls.append(args) or compare(*args))
+    compare = OwnLogits._mean_difference
+    monkeypatch.setattr(OwnLogits, "_mean_difference", lambda *args: calls.append(args) or compare(*args))
     compared = run("compared")
     assert len(calls) == 1
     monkeypatch.setattr(OwnLogits, "check", lambda *args: None)

@@ -13,17 +13,17 @@ The comparison is of the two log-probs of the same tokens:
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .._trl import FusedCausalLMOutput
 from ..distributed import gather, total
+from .cached_reference import causal_language_model
 from .model_forward import logits_of_last
 from .reference import evaluation_mode
 
@@ -44,12 +44,15 @@ _IMAGE_INPUTS = (
 # The fields of a config in which TRL looks for a scale and a soft cap of the logits
 _KNOWN_FIELDS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
+# From the inputs with one number for each token, the other ones, and T, to log-probs `(1, T)` of the last T tokens
+LogProbs = Callable[[dict[str, torch.Tensor], dict[str, Any], int], torch.Tensor]
+
 
 class OwnLogits:
     """
     The comparison: at the first batch, and once more at the first one with padding if that had none.
 
-    It is two forward passes of a few tokens, in evaluation mode and without gradient. All processes take part.
+    It takes two forward passes of a few tokens, in evaluation mode and without gradient. All processes take part.
 
     Args:
         accelerator (`Accelerator`):
@@ -85,40 +88,31 @@ class OwnLogits:
         if padding == self._compared_padding:
             return
         self._compared_padding = padding
-        language_model: Any = self._accelerator.unwrap_model(model)
-        if isinstance(language_model, PeftModel):
-            language_model = language_model.get_base_model()
+        language_model = causal_language_model(cast(nn.Module, self._accelerator.unwrap_model(model)))
         bound = rounding(model, self._accelerator.mixed_precision != "no", self._temperature)
-        log_probs_T2 = self._compare(model, language_model, batch, score, padding)
-        mean = self._mean_difference(log_probs_T2)
+        probe = probe_of(batch)
+
+        def run(log_probs: LogProbs) -> torch.Tensor:
+            with torch.no_grad(), evaluation_mode(model):
+                return score_row(batch, probe, score, log_probs)
+
+        # In this order: DeepSpeed records the order of modules in a pass, and one that goes on after the same
+        # beginning makes it record anew, where one that ends sooner does not
+        fused_T = run(fused_log_probs(model, padding, self._pad_id))
+        own_T = run(own_log_probs(model, language_model, self._temperature)).to(fused_T)
+        mean = self._mean_difference(fused_T, own_T)
         if mean <= bound:
             return
         by_padding = False
         if padding:
-            alone = self._mean_difference(self._compare(model, language_model, batch, score, 0))
-            by_padding = alone <= bound
+            alone_T = run(fused_log_probs(model, 0, self._pad_id))
+            by_padding = self._mean_difference(alone_T, own_T) <= bound
         cause = likely_cause(language_model.config, by_padding=by_padding)
-        raise ValueError(explain_mismatch(log_probs_T2, mean, bound, cause, type(language_model).__name__))
+        raise ValueError(explain_mismatch(fused_T, own_T, mean, bound, cause, type(language_model).__name__))
 
-    @torch.no_grad()
-    def _compare(
-        self, model: Any, language_model: Any, batch: Mapping[str, Any], score: Callable[..., Any], padding: int
-    ) -> torch.Tensor:
-        """Fused and own log-probs of a few tokens of this process, `(T, 2)`."""
-        probe = probe_of(batch)
-        compared = compared_forward(model, language_model, probe, self._temperature, padding, self._pad_id)
-        rows = slice(probe.row + 1)
-        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)[rows]
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)[rows]
-        tokens = {name: batch[name][rows] for name in _TOKEN_INPUTS if name in batch}
-        images = {name: batch[name] for name in _IMAGE_INPUTS if name in batch}
-        with evaluation_mode(model):
-            log_probs, _, _ = score(compared, input_ids, mask, probe.num_scored, batch_size=1, **tokens, **images)
-        return log_probs[-1]
-
-    def _mean_difference(self, log_probs_T2: torch.Tensor) -> float:
+    def _mean_difference(self, fused_T: torch.Tensor, own_T: torch.Tensor) -> float:
         """Mean absolute difference of the log-probs of all processes, nats."""
-        differences_T = (log_probs_T2[:, 0] - log_probs_T2[:, 1]).abs()
+        differences_T = (fused_T - own_T).abs()
         sums = torch.stack([differences_T.sum(), torch.ones_like(differences_T).sum()])
         difference, tokens = total(self._accelerator, sums)
         return difference / max(tokens, 1.0)
@@ -166,51 +160,86 @@ def most_padding(prompt_mask: torch.Tensor) -> torch.Tensor:
     return (prompt_mask == 0).sum(1).max().clamp(max=_MOST_PADDING).reshape(1)
 
 
-def compared_forward(
-    model: Any, language_model: PreTrainedModel, probe: Probe, temperature: float, padding: int, pad_id: int
-) -> Callable[..., Any]:
+def score_row(batch: Mapping[str, Any], probe: Probe, score: Callable[..., Any], log_probs: LogProbs) -> torch.Tensor:
     """
-    A forward for TRL to call on one row after the other, whose output holds fused and own log-probs of the probe.
+    Log-probs of the probe's tokens, `(T,)`.
 
-    TRL cuts each row's image inputs out of the batch. It returns what is in `log_probs`, whatever the last dimension:
-    `(1, T, 2)`, without meaning for the rows before the probe's.
+    TRL cuts the batch into rows, the image inputs too, and calls a forward on one after the other. Of the rows before
+    the probe's nothing is computed.
 
     Args:
-        model (`nn.Module`):
-            The policy.
-        language_model ([`~transformers.PreTrainedModel`]):
-            The causal language model in it.
+        batch (`Mapping[str, Any]`):
+            A batch as TRL scored it.
         probe ([`Probe`]):
             The tokens.
-        temperature (`float`):
-            What logits are divided by.
-        padding (`int`):
-            How many tokens of padding to put on the left for the fused log-probs.
-        pad_id (`int`):
-            Their id.
+        score (`Callable`):
+            TRL's `_get_per_token_logps_and_entropies`.
+        log_probs (`LogProbs`):
+            From the probe's inputs to the log-probs `(1, T)` of its last T tokens.
     """
     rows = iter(range(probe.row + 1))
     count = probe.num_scored
 
     def forward(*, labels: torch.Tensor, fused_lm_head: bool, **kwargs: Any) -> FusedCausalLMOutput:
         if next(rows) < probe.row:
-            return FusedCausalLMOutput(log_probs=torch.zeros(1, count, 2, device=labels.device))
+            return FusedCausalLMOutput(log_probs=torch.zeros(1, count, device=labels.device))
         names = [name for name in ("input_ids", "attention_mask", *_TOKEN_INPUTS) if name in kwargs]
         tokens = {name: kwargs.pop(name)[:, probe.columns] for name in names}
-        ids = tokens["input_ids"]
-        with logits_of_last(language_model, count + 1):
-            logits = model(**tokens, **kwargs, use_cache=False).logits[:, :-1]
-        own = chosen_log_probs(logits / temperature, ids[:, ids.size(1) - count :].to(logits.device))
-        fill = {"input_ids": pad_id, "labels": -100}
+        return FusedCausalLMOutput(log_probs=log_probs(tokens, kwargs, count))
+
+    rows_before = slice(probe.row + 1)
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)[rows_before]
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)[rows_before]
+    tokens = {name: batch[name][rows_before] for name in _TOKEN_INPUTS if name in batch}
+    images = {name: batch[name] for name in _IMAGE_INPUTS if name in batch}
+    return score(forward, input_ids, mask, count, batch_size=1, **tokens, **images)[0][-1]
+
+
+def fused_log_probs(model: Any, padding: int, pad_id: int) -> LogProbs:
+    """
+    Those that TRL computes from hidden states.
+
+    Args:
+        model (`nn.Module`):
+            The policy.
+        padding (`int`):
+            How many tokens of padding to put on the left.
+        pad_id (`int`):
+            Their id.
+    """
+    fill = {"input_ids": pad_id, "labels": -100}
+
+    def run(tokens: dict[str, torch.Tensor], others: dict[str, Any], count: int) -> torch.Tensor:
         padded = {
             name: functional.pad(value, (padding, 0), value=fill.get(name, 0))
-            for name, value in {**tokens, "labels": ids}.items()
+            for name, value in {**tokens, "labels": tokens["input_ids"]}.items()
         }
-        fused = model(**padded, **kwargs, fused_lm_head=fused_lm_head).log_probs
-        fused = fused[:, fused.size(1) - count :]
-        return FusedCausalLMOutput(log_probs=torch.stack([fused, own.to(fused)], dim=-1))
+        log_probs = model(**padded, **others, fused_lm_head=True).log_probs
+        return log_probs[:, log_probs.size(1) - count :]
 
-    return forward
+    return run
+
+
+def own_log_probs(model: Any, language_model: PreTrainedModel, temperature: float) -> LogProbs:
+    """
+    Those of the model's own logits `z`, `log softmax(z / temperature)`.
+
+    Args:
+        model (`nn.Module`):
+            The policy.
+        language_model ([`~transformers.PreTrainedModel`]):
+            The causal language model in it.
+        temperature (`float`):
+            What logits are divided by.
+    """
+
+    def run(tokens: dict[str, torch.Tensor], others: dict[str, Any], count: int) -> torch.Tensor:
+        ids = tokens["input_ids"]
+        with logits_of_last(language_model, count + 1):
+            logits = model(**tokens, **others, use_cache=False).logits[:, :-1]
+        return chosen_log_probs(logits / temperature, ids[:, ids.size(1) - count :].to(logits.device))
+
+    return run
 
 
 def chosen_log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -238,13 +267,15 @@ def rounding(model: nn.Module, is_autocast: bool, temperature: float) -> float:
     return (_ROUNDING if is_full else _ROUNDING_OF_HALVES) / min(temperature, 1.0)
 
 
-def explain_mismatch(log_probs_T2: torch.Tensor, mean: float, bound: float, cause: str, model_name: str) -> str:
+def explain_mismatch(
+    fused_T: torch.Tensor, own_T: torch.Tensor, mean: float, bound: float, cause: str, model_name: str
+) -> str:
     """
     What to say of log-probs that are not the model's.
 
     Args:
-        log_probs_T2 (`torch.Tensor` of shape `(T, 2)`):
-            Fused and own log-probs of this process's tokens, nats.
+        fused_T, own_T (`torch.Tensor` of shape `(T,)`):
+            The two log-probs of this process's tokens, nats.
         mean (`float`):
             Mean absolute difference, over all processes, nats.
         bound (`float`):
@@ -255,10 +286,10 @@ def explain_mismatch(log_probs_T2: torch.Tensor, mean: float, bound: float, caus
             The class of the model.
     """
     worst = ""
-    if log_probs_T2.numel():
-        differences_T = (log_probs_T2[:, 0] - log_probs_T2[:, 1]).abs()
-        fused, own = log_probs_T2[int(differences_T.argmax())].tolist()
-        worst = f" The largest: {fused:.4g} from hidden states, {own:.4g} from the model's own logits."
+    if fused_T.numel():
+        token = int((fused_T - own_T).abs().argmax())
+        both = f"{fused_T[token]:.4g} from hidden states, {own_T[token]:.4g} from the model's own logits"
+        worst = f" The largest difference: {both}."
     return (
         f"The log-probs of {model_name} that would be trained on are not those of its own logits: they differ by "
         f"{mean:.3g} nats in the mean of a few tokens, where rounding explains {bound:.3g}.{worst} {cause} TRL's own "
