@@ -35,6 +35,7 @@ PURE = [
     "reward_models/readings.py",
     "reward_models/remote/protocols.py",
     "reward_models/rendering.py",
+    "reward_models/texts.py",
     "rewards/gating.py",
     "rewards/step_reductions.py",
     "rewards/transforms.py",

@@ -112,10 +112,12 @@ def unjudged_shares(names: Sequence[str], unjudged_NK: torch.Tensor) -> dict[str
     return {f"rewards/{name}/unjudged": share for name, share in zip(names, shares_K, strict=True)}
 
 
-def unscored_shares(names: Sequence[str], unscored_K: Sequence[int], steps_K: Sequence[int]) -> dict[str, float]:
-    """Share of each source's steps that have no value; left out for a source without steps."""
-    counts = zip(names, unscored_K, steps_K, strict=True)
-    return {f"rewards/{name}/unscored": unscored / steps for name, unscored, steps in counts if steps}
+def step_shares(
+    metric: str, names: Sequence[str], counts_K: Sequence[int], steps_K: Sequence[int]
+) -> dict[str, float]:
+    """The share of each source's steps that is counted, as `rewards/{source}/{metric}`; none for a source without."""
+    triples = zip(names, counts_K, steps_K, strict=True)
+    return {f"rewards/{name}/{metric}": count / steps for name, count, steps in triples if steps}
 
 
 def withheld_shares(names: Sequence[str], unjudged_NK: torch.Tensor, withheld_NK: torch.Tensor) -> dict[str, float]:

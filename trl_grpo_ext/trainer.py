@@ -30,22 +30,20 @@ from .metrics import (
     outcome_correlations,
     positive_counts,
     step_metrics,
+    step_shares,
     unjudged_shares,
-    unscored_shares,
     withheld_shares,
 )
 from .model_card import ModelCardTrainer
 from .reward_models.opening import open_reward_models, prepare_reward_sources
-from .rewards.arguments import check_columns, check_row, list_sources
+from .rewards.arguments import check_columns, check_row, check_source_columns, list_sources
 from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
-from .rewards.sources import RewardSource, parse_model_scores, wrap_source
+from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
+from .rewards.step_warnings import StepWarnings
 
 
 logger = logging.get_logger(__name__)
-
-# Characters of a completion that a warning shows
-_EXCERPT = 200
 
 
 class GRPOExtTrainer(ModelCardTrainer):
@@ -137,17 +135,17 @@ class GRPOExtTrainer(ModelCardTrainer):
         self._separator_ids = self._tokenize_separator()
         self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
         self._gates = gate_indices(args.outcome_gate or [NO_GATE] * len(self.reward_funcs), self.reward_func_names)
-        self.reward_funcs = prepare_reward_sources(
-            self.reward_funcs,
-            accelerator=self.accelerator,
-            policy_tokenizer=self._tokenizer,
-            batch_tokens=args.reward_batch_tokens,
-        )
+        # A rollout function may bring more columns
+        if rollout_func is None:
+            datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            check_source_columns(self.reward_funcs, self.reward_func_names, datasets)
+        self._prepare_sources()
         # A `reduce` that does not exist is known now
         self._wrap_sources()
         # Of the batch that is being scored: the wrapped sources, and one number per completion and source
         self._scored_sources: tuple[list[Any], torch.Tensor] | None = None
-        self._warned_sources: set[str] = set()
+        self._first_completion = ""
+        self._step_warnings = StepWarnings(args.supervision == "outcome")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts
@@ -183,6 +181,14 @@ class GRPOExtTrainer(ModelCardTrainer):
     # -----------------------------------------------------------------------------------------------------------------
     # Rewards
 
+    def _prepare_sources(self) -> None:
+        self.reward_funcs = prepare_reward_sources(
+            self.reward_funcs,
+            accelerator=self.accelerator,
+            policy_tokenizer=self._tokenizer,
+            batch_tokens=self.args.reward_batch_tokens,
+        )
+
     def _wrap_sources(self) -> list[Any]:
         """The user's functions as TRL is to call them in the next batch; models as they are."""
         is_outcome = self.args.supervision == "outcome"
@@ -193,6 +199,8 @@ class GRPOExtTrainer(ModelCardTrainer):
         ]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # Another trainer with the same source may have prepared it since, for another tokenizer
+        self._prepare_sources()
         sources = self._wrap_sources()
         is_outcome = self.args.supervision == "outcome"
         # `reward_funcs` holds the user's own functions at any other time
@@ -202,48 +210,36 @@ class GRPOExtTrainer(ModelCardTrainer):
             if isinstance(source, nn.Module):
                 name = self.reward_func_names[k]
                 scores_NK[:, k] = parse_model_scores(scores_NK[:, k], name, self._transforms[k], is_outcome)
-            else:
-                self._warn_of_steps(source, completions)
         self._scored_sources = (sources, scores_NK)
+        self._first_completion = str(completions[0])
         return scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
 
-    def _warn_of_steps(self, source: RewardSource, completions: list[Any]) -> None:
-        """Say once, by name, that a source of step rewards found no step, or that only a sum of them is trained on."""
-        _, steps = source.count_steps()
-        if source.returned_steps and steps == 0:
-            self._warn_once(
-                source.name,
-                f"found no step in any of {len(completions)} completions, so that it rewards nothing. The first "
-                f"completion is {str(completions[0])[:_EXCERPT]!r}. Do the steps end otherwise? See `Segmentation`.",
-            )
-        elif steps and self.args.supervision == "outcome" and not source.chose_reduce:
-            self._warn_once(
-                source.name,
-                f"returned rewards of steps, and supervision='outcome' trains on their {source.reduce}, which pays "
-                "for more steps. Use supervision='process', or give the function an attribute `reduce`.",
-            )
-
-    def _warn_once(self, name: str, what: str) -> None:
-        if name not in self._warned_sources:
-            self._warned_sources.add(name)
-            logger.warning(f"reward source '{name}' {what} This is said once.")
+    def _warn_of_steps(self, sources: list[Any], counts_K: list[StepCounts], completions: int) -> None:
+        """Say once, by name, where the steps of a source look wrong; see [`StepWarnings`]."""
+        for source, counts in zip(sources, counts_K, strict=True):
+            if isinstance(source, RewardSource):
+                warning = self._step_warnings.of_batch(source, counts, completions, self._first_completion)
+                if warning is not None and self.accelerator.is_main_process:
+                    logger.warning(warning)
 
     def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
         """What all processes' completions earn, from the rewards that TRL has just collected."""
         assert self._scored_sources is not None
         sources, scores_NK = self._scored_sources
         if self.args.supervision == "process":
-            rewards_KNT, mask_NT = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
+            rewards_KNT, mask_NT, masked_K = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
         else:
-            rewards_KNT, mask_NT = gather_outcomes(scores_NK)
-        steps_K, unscored_K = count_steps(self.accelerator, sources)
+            rewards_KNT, mask_NT, masked_K = gather_outcomes(scores_NK)
+        counts_K = count_steps(self.accelerator, sources)
+        self._warn_of_steps(sources, counts_K, len(mask_NT))
         return ScoredBatch(
             names=self.reward_func_names,
             rewards_KNT=rewards_KNT,
             withheld_NK=withheld_rewards(scores_NK, self._gates),
             mask_NT=mask_NT,
-            steps_K=steps_K,
-            unscored_K=unscored_K,
+            steps_K=[counts.steps for counts in counts_K],
+            unscored_K=[counts.unscored for counts in counts_K],
+            masked_K=masked_K,
             group_size=cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval),
         )
 
@@ -269,11 +265,12 @@ class GRPOExtTrainer(ModelCardTrainer):
         Returns:
             `dict[str, float]`: a metric that is NaN is left out of the log.
         """
-        metrics = unscored_shares(batch.names, batch.unscored_K, batch.steps_K)
+        metrics = step_shares("unscored", batch.names, batch.unscored_K, batch.steps_K)
         metrics |= unjudged_shares(batch.names, batch.unjudged_NK)
         if self.args.outcome_gate:
             metrics |= withheld_shares(batch.names, batch.unjudged_NK, batch.withheld_NK)
         if self.args.supervision == "process":
+            metrics |= step_shares("masked", batch.names, batch.masked_K, batch.steps_K)
             has_steps_K = [steps > 0 for steps in batch.steps_K]
             # Of an outcome source TRL logs mean and std, and the number of its steps is always 1
             metrics |= step_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)

@@ -378,7 +378,7 @@ def test_scores_are_read_in_float32_under_autocast(two_heads, request):
     model = load(two_heads, LABELS)
     model.prepare(Accelerator(cpu=True, mixed_precision="bf16"), None, None)
     read = []
-    head = model.scorer.readout.logits.get_submodule("score")
+    head = model.scorer.readout.built.logits.get_submodule("score")
     head.register_forward_hook(lambda module, args, output: read.append((args[0].dtype, output.dtype)))
     half = model.score_steps(PROBLEMS, STEPS)
     assert read == [(torch.float32, torch.float32)]

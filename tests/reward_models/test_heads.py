@@ -28,11 +28,11 @@ from trl_grpo_ext.reward_models.readings import (
     LogitsReadOut,
     LogRatio,
     LogRatioReadOut,
-    RenderedBatch,
     SequenceScalar,
     Sigmoid,
     TokenPair,
 )
+from trl_grpo_ext.reward_models.rendering import RenderedBatch
 
 
 SIZES = {

@@ -56,7 +56,7 @@ def test_a_known_process_model_is_opened_by_its_id_and_mixed_with_a_function(
         max_steps=1,
     )
     model = trainer.reward_funcs[0]
-    assert isinstance(model, ProcessRewardModel) and model.batch_tokens == 64
+    assert isinstance(model, ProcessRewardModel) and model.trainer_batch_tokens == 64
     model.segmentation = Segmentation(by="newline")
     trainer.train()
 

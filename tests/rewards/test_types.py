@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl_grpo_ext import StepRewards
-from trl_grpo_ext.rewards.sources import RewardSource
+from trl_grpo_ext.rewards.sources import RewardSource, StepCounts
 from trl_grpo_ext.rewards.transforms import transform_reward
 from trl_grpo_ext.rewards.types import parse_as_trl, parse_reward, place_rewards
 
@@ -90,7 +90,7 @@ def test_steps_without_a_score_stay_and_are_passed_over():
     assert place_rewards([reward], mask_BT).nan_to_num(-1).tolist() == [[1.0, -1.0, -1.0, -1.0, 0.5]]
     source = RewardSource(lambda **columns: [reward, StepRewards([1], [None]), 0.5], "judge")
     assert source(completion_ids=[[7] * 5] * 3) == [1.5, None, 0.5]
-    assert source.count_steps() == (2, 4)
+    assert source.count_steps() == StepCounts(steps=4, unscored=2, with_several=1, without_step=0)
 
 
 @pytest.mark.parametrize(

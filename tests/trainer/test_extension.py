@@ -335,7 +335,7 @@ def test_what_is_logged_beside_trls_is_what_can_vary(tiny_model, tmp_path):
     unjudged = {f"rewards/{name}/unjudged" for name in ("lengths", "constant")}
     by_default = unjudged | {"policy_loss", "advantages/positive_share"}
     assert keys(GRPOExtTrainer) - of_trl == by_default
-    steps = {"mean", "std", "step_mean", "step_std", "steps", "tokens_per_step", "unjudged", "unscored"}
+    steps = {"mean", "std", "step_mean", "step_std", "steps", "tokens_per_step", "unjudged", "unscored", "masked"}
     added = {f"rewards/judge/{name}" for name in [*steps, "corr/lengths"]}
     added |= {"kl", "kl_loss", "kl/k1", "kl/k3", "kl/second_pass_share"}
     found = keys(GRPOExtTrainer, supervision="process", beta=0.1, kl_estimator="exact")

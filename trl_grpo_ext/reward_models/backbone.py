@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from .._trl import prepare_deepspeed
 from .heads import VocabularyLogProbs, vocabulary_head
-from .readings import BackboneOutput, RenderedBatch
+from .readings import BackboneOutput
+from .rendering import RenderedBatch
 from .shared_scores import SharedScores
 
 

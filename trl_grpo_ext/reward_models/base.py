@@ -66,6 +66,8 @@ class RewardModel:
         self.reduce = preset.reduce
         self.max_length = max_length
         self.batch_tokens = _BATCH_TOKENS
+        # What the trainer that scores now has instead, see `prepare`
+        self.trainer_batch_tokens: int | None = None
         self.accelerator: Accelerator | None = None
         scorer.backbone.shared_scores.register(self)
 
@@ -74,7 +76,7 @@ class RewardModel:
         cls,
         model: "str | os.PathLike[str] | Checkpoint",
         *,
-        preset: Preset | str | None = None,
+        preset: Preset | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
         quantization_config: Any = None,
         tokenizer: Any = None,
@@ -91,7 +93,7 @@ class RewardModel:
         Args:
             model (`str`, `os.PathLike` or [`~trl_grpo_ext.reward_models.checkpoint.Checkpoint`]):
                 Id on the Hub, folder, or what [`~trl_grpo_ext.reward_models.checkpoint.locate_checkpoint`] has found.
-            preset ([`Preset`] or `str`, *optional*):
+            preset ([`Preset`], `str` or `os.PathLike`, *optional*):
                 A preset, the name of one of `PRESETS`, or the path of a YAML file; found by id and config by default.
             dtype (`torch.dtype` or `str`, *optional*):
                 Of the backbone; heads are float32.
@@ -180,7 +182,7 @@ class RewardModel:
 
     def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
         """
-        Place the model as TRL places its own. From now on all processes run as many forwards as each other.
+        Place the model as TRL places its own, once. From now on all processes run as many forwards as each other.
 
         Args:
             accelerator (`Accelerator`):
@@ -188,12 +190,12 @@ class RewardModel:
             policy_tokenizer (`PreTrainedTokenizerBase`):
                 The policy's.
             batch_tokens (`int` or `None`):
-                Largest number of padded tokens of a forward; `None` leaves it as it is.
+                Largest number of padded tokens of a forward; `None` for the one that the model was made with.
         """
         self.scorer.prepare(accelerator)
         self.accelerator = accelerator
-        if batch_tokens is not None:
-            self.batch_tokens = batch_tokens
+        # Another trainer may have set its own
+        self.trainer_batch_tokens = batch_tokens
 
     def holds(self, base_name: str, *, vocabulary: bool = False) -> bool:
         """
@@ -236,7 +238,9 @@ class RewardModel:
         Returns:
             `list[list[list[float]]]`: for each reward model and each solution, one score for each score position.
         """
-        batches = token_batches([len(solution.ids) for solution in solutions], self.batch_tokens)
+        batches = token_batches(
+            [len(solution.ids) for solution in solutions], self.trainer_batch_tokens or self.batch_tokens
+        )
         scorers = [cast(RewardModel, reward_model).scorer for reward_model in reward_models]
         scores: list[list[list[float]]] = [[[] for _ in solutions] for _ in scorers]
         log_probs = any(scorer.needs_log_probs for scorer in scorers)
@@ -260,9 +264,3 @@ class RewardModel:
                     for row in rows:
                         own[row] = [next(values) for _ in solutions[row].score_positions]
         return scores
-
-
-def check_solutions(solutions: Sequence[str]) -> None:
-    """Raise `TypeError` for a single text, whose letters would be taken for solutions."""
-    if isinstance(solutions, str):
-        raise TypeError(f"solutions is a text, {solutions!r}; give a list of solutions.")

@@ -8,8 +8,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..distributed import gather
-from .readings import RenderedBatch
-from .rendering import Rendered
+from .rendering import Rendered, RenderedBatch
 
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -59,7 +58,7 @@ def collate(solutions: Sequence[Rendered], *, mask_tags: bool, device: torch.dev
             Where the tensors go.
 
     Returns:
-        [`~trl_grpo_ext.reward_models.readings.RenderedBatch`]
+        [`~trl_grpo_ext.reward_models.rendering.RenderedBatch`]
     """
     lengths_B = torch.tensor([len(solution.ids) for solution in solutions])
     # Any id does as padding: attention does not see it

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .readings import RenderedBatch
+from .plain_data import CheckedFields
+from .rendering import RenderedBatch, check_shape
 
 
 # Tokens whose logits over the whole vocabulary exist at the same time
@@ -36,7 +37,7 @@ def _add(parent: nn.Module, path: str, child: nn.Module) -> None:
     _add(parent.get_submodule(first), rest, child)
 
 
-class Head(ABC):
+class Head(CheckedFields, ABC):
     """
     A head as a preset describes it: which layers it has, under which keys of the checkpoint, and what they compute.
 
@@ -176,7 +177,11 @@ class Heads(PreTrainedModel):
 
     def forward(self, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
         """Outputs at the score positions, of shape `(R, O)`."""
-        return self.description.logits(self, hidden_BLH, batch)
+        logits_RO = self.description.logits(self, hidden_BLH, batch)
+        check_shape(
+            logits_RO, (len(batch.rows_R), self.description.outputs), f"the head {type(self.description).__name__}"
+        )
+        return logits_RO
 
 
 # ---------------------------------------------------------------------------------------------------------------------

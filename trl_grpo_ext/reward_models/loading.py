@@ -21,6 +21,7 @@ from .checkpoint import (
 from .encoding import one_id
 from .heads import AnswerLogits, Heads, vocabulary_head
 from .preset import Preset
+from .readings import CheckedReadOut
 
 
 class _Parts(NamedTuple):
@@ -234,5 +235,5 @@ def load_scorer(
         second = None
         if preset.reading.needs == "log_ratio":
             second = _load_log_ratio_model(log_ratio_model, shared, checkpoint, preset, loading, offload)
-        readout = preset.reading.build(_Parts(backbone, heads, tokenizer))
+        readout = CheckedReadOut(preset.reading, _Parts(backbone, heads, tokenizer))
     return Scorer(AdaptedBackbone(backbone, adapter), readout, second)

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens
 from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
-from ..steps.segmentation import Segmentation, segment, split_text
+from ..steps.segmentation import Segmentation, SegmentationLike, as_segmentation, segment, split_text
 from .backbone import Scorer
-from .base import RewardModel, check_solutions
+from .base import RewardModel
 from .checkpoint import Checkpoint
 from .encoding import encode_text
 from .preset import Preset
 from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
+from .texts import check_texts
 
 
 class ProcessRewardModel(RewardModel):
@@ -30,7 +31,7 @@ class ProcessRewardModel(RewardModel):
     Args:
         scorer, tokenizer, preset, name, max_length:
             As in [`RewardModel`]; [`~RewardModel.from_pretrained`] loads them.
-        segmentation ([`Segmentation`], *optional*):
+        segmentation ([`Segmentation`] or its argument `by`, *optional*):
             How completions are split; the preset's by default.
         policy_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the policy, which decodes `completion_ids`. The trainer sets it.
@@ -53,11 +54,11 @@ class ProcessRewardModel(RewardModel):
         preset: Preset,
         name: str,
         max_length: int | None = None,
-        segmentation: Segmentation | None = None,
+        segmentation: SegmentationLike | None = None,
         policy_tokenizer: Any = None,
     ):
         super().__init__(scorer, tokenizer, preset, name, max_length)
-        self.segmentation = preset.segmentation if segmentation is None else segmentation
+        self.segmentation = preset.segmentation if segmentation is None else as_segmentation(segmentation)
         self.policy_tokenizer = policy_tokenizer
 
     @classmethod
@@ -65,13 +66,15 @@ class ProcessRewardModel(RewardModel):
         cls,
         model: "str | os.PathLike[str] | Checkpoint",
         *,
-        segmentation: Segmentation | None = None,
+        segmentation: SegmentationLike | None = None,
         **options: Any,
     ) -> Self:
         """[`RewardModel.from_pretrained`], and `segmentation`: how completions are split, instead of the preset's."""
+        # Before the weights are loaded, which takes longer
+        chosen = None if segmentation is None else as_segmentation(segmentation)
         reward_model = super().from_pretrained(model, **options)
-        if segmentation is not None:
-            reward_model.segmentation = segmentation
+        if chosen is not None:
+            reward_model.segmentation = chosen
         return reward_model
 
     def inputs_key(self) -> tuple[Any, ...]:
@@ -98,9 +101,10 @@ class ProcessRewardModel(RewardModel):
             `max_length`, which are the last ones.
 
         Raises:
-            TypeError: a text where a list of steps belongs.
+            TypeError: a text where a list of steps or of problems belongs.
             ValueError: an empty step, or another number of problems than of solutions.
         """
+        check_texts(problems, "problems")
         if len(problems) != len(steps):
             raise ValueError(f"{len(problems)} problems for {len(steps)} solutions.")
         for index, own in enumerate(steps):
@@ -136,7 +140,7 @@ class ProcessRewardModel(RewardModel):
         Returns:
             `list[list[float | None]]`: as [`~ProcessRewardModel.score_steps`].
         """
-        check_solutions(solutions)
+        check_texts(solutions, "solutions")
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
     def __call__(
@@ -200,13 +204,15 @@ class OutcomeRewardModel(RewardModel):
         Returns:
             `list[float | None]`: one number for each solution; `None` for one that does not fit into `max_length`.
         """
+        check_texts(problems, "problems")
+        check_texts(solutions, "solutions")
         pairs = zip(problems, solutions, strict=True)
         scores = self._score([self._render(problem, [solution]) for problem, solution in pairs])
         return [values[0] if values else None for values in scores]
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[float | None]:
         """One number for each solution to one problem."""
-        check_solutions(solutions)
+        check_texts(solutions, "solutions")
         return self.score_batch([problem] * len(solutions), solutions)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:

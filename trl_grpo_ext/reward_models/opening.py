@@ -22,7 +22,7 @@ _BESIDE_WEIGHTS = ("batch_tokens", "max_length")
 
 
 def load_reward_model(
-    model: str | os.PathLike[str] | Checkpoint, preset: Preset | str | None = None, **options: Any
+    model: str | os.PathLike[str] | Checkpoint, preset: Preset | str | os.PathLike[str] | None = None, **options: Any
 ) -> ProcessRewardModel | OutcomeRewardModel:
     """
     Load a process or an outcome reward model, as its preset says.
@@ -30,7 +30,7 @@ def load_reward_model(
     Args:
         model (`str`, `os.PathLike` or [`~trl_grpo_ext.reward_models.checkpoint.Checkpoint`]):
             Id on the Hub, folder, or what [`~trl_grpo_ext.reward_models.checkpoint.locate_checkpoint`] has found.
-        preset ([`Preset`] or `str`, *optional*):
+        preset ([`Preset`], `str` or `os.PathLike`, *optional*):
             A preset, the name of one of `PRESETS`, or the path of a YAML file; found by id and config by default.
         **options:
             Further arguments of [`~trl_grpo_ext.ProcessRewardModel.from_pretrained`].
@@ -102,7 +102,12 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
     Returns:
         `list`: what [`open_reward_model`] makes of each id, and all else as it is. A backbone that several ids have is
         loaded once.
+
+    Raises:
+        TypeError: `sources` is a single text.
     """
+    if isinstance(sources, str):
+        raise TypeError(f"sources is a text, {sources!r}; give a list of sources.")
     opened: list[Any] = []
     for source in sources:
         opened.append(open_reward_model(source, loading, opened) if isinstance(source, str) else source)
@@ -144,12 +149,15 @@ def prepare_reward_sources(
 
     Returns:
         `list`: a sequence classifier is cut to `batch_tokens`, a [`~trl_grpo_ext.rewards.types.PreparableSource`] is
-        prepared, a function is itself.
+        prepared, a function is itself. What is returned may be prepared again, which changes nothing but what another
+        trainer has prepared since.
     """
     prepared: list[Any] = []
     for source in sources:
         if isinstance(source, nn.Module):
-            prepared.append(source if batch_tokens is None else TokenBatchedModel(source, batch_tokens, accelerator))
+            if batch_tokens is not None and not isinstance(source, TokenBatchedModel):
+                source = TokenBatchedModel(source, batch_tokens, accelerator)
+            prepared.append(source)
             continue
         if isinstance(source, PreparableSource):
             source.prepare(accelerator, policy_tokenizer, batch_tokens)

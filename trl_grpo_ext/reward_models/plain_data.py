@@ -1,9 +1,73 @@
 """Objects from plain data, such as YAML: a class by its name or its import path, and the arguments for it."""
 
 import pkgutil
+import types
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from inspect import Parameter, signature
-from typing import Any
+from numbers import Real
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+# What plain data may hold, in the words of an error
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
+
+
+class CheckedFields:
+    """
+    Base class of dataclasses whose fields are checked against their annotations, see [`check_fields`].
+
+    A dataclass calls `__post_init__` when an object is made. Python checks no annotation, so a number where a text
+    belongs, as YAML makes one of `good: 1`, would fail much later.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(instance: Any) -> None:
+    """
+    Raise `TypeError` if an argument of a dataclass has another type than its annotation says.
+
+    Known are texts, numbers, `None`, classes, unions and lists of these. Any other annotation allows everything. So do
+    those of a class one of whose annotations names something that is not there when the program runs.
+
+    Args:
+        instance (`Any`):
+            An object of a dataclass.
+    """
+    try:
+        hints = get_type_hints(type(instance))
+    except NameError:
+        return
+    for field in [field for field in fields(instance) if field.init]:
+        value = instance.__dict__[field.name]
+        hint = hints[field.name]
+        if not _fits(value, hint):
+            raise TypeError(f"{field.name} is {value!r}; expected {_words(hint)}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    parts = get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin in (tuple, list, Sequence):
+        is_list = isinstance(value, (list, tuple))
+        return is_list and (not parts or all(_fits(element, parts[0]) for element in value))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _words(hint: Any) -> str:
+    origin = get_origin(hint)
+    parts = get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, parts))
+    if origin in (tuple, list, Sequence):
+        return f"a list, each of whose entries is {_words(parts[0])}" if parts else "a list"
+    return _WORDS.get(hint) or f"an object of the class {hint.__name__}"
 
 
 def find_type(name: Any, base: type, known: Sequence[type], where: str) -> type:

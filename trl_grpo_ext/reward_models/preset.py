@@ -8,9 +8,9 @@ from typing import Any, Literal
 import yaml
 
 from ..rewards.step_reductions import STEP_REDUCTIONS
-from ..steps.segmentation import Segmentation
+from ..steps.segmentation import Segmentation, as_segmentation
 from .heads import GatedObjectivesHead, Head, LinearHead, MLPHead
-from .plain_data import build, build_typed
+from .plain_data import build, build_typed, check_fields
 from .readings import LabelSoftmax, LogRatio, Reading, SequenceScalar, Sigmoid, TokenPair
 from .rendering import Bare, Rendering, Tagged, Turns
 
@@ -21,6 +21,9 @@ _TYPED_FIELDS: dict[str, tuple[type, list[type]]] = {
     "reading": (Reading, [LabelSoftmax, Sigmoid, SequenceScalar, TokenPair, LogRatio]),
     "head": (Head, [LinearHead, MLPHead, GatedObjectivesHead]),
 }
+
+# The fields of a preset that are lists of patterns
+_PATTERNS = ("models", "architectures", "stray_keys")
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,15 @@ class Preset:
         head ([`~trl_grpo_ext.reward_models.heads.Head`], *optional*):
             The head on the backbone, for a reading that needs one: `LinearHead`, `MLPHead`, `GatedObjectivesHead` or a
             class of your own. Without one the model is a causal language model.
-        models (`tuple[str, ...]`, *optional*):
+        models (`str` or `Sequence[str]`, *optional*):
             Patterns of model ids, such as `"Qwen/Qwen2.5-Math-PRM-*"`; a folder is known by its last part.
-        architectures (`tuple[str, ...]`, *optional*):
+        architectures (`str` or `Sequence[str]`, *optional*):
             Patterns of the config's `architectures`, for models whose id says nothing.
         labels (`int`, *optional*):
             Number of labels that the config must have, for `architectures` that alone do not say enough.
-        stray_keys (`tuple[str, ...]`, *optional*):
+        stray_keys (`str` or `Sequence[str]`, *optional*):
             Patterns of checkpoint keys that are known not to be used.
-        segmentation ([`~trl_grpo_ext.steps.segmentation.Segmentation`], *optional*):
+        segmentation ([`~trl_grpo_ext.steps.segmentation.Segmentation`] or its argument `by`, *optional*):
             How completions are split into steps.
         semantics (`str`, *optional*, defaults to `"correctness"`):
             `"value"` (can this still be solved), `"correctness"` (is this step right) or `"reward"`.
@@ -63,6 +66,7 @@ class Preset:
             Id of the second model, for a reading that needs log-ratios.
 
     Raises:
+        TypeError: a field of another type.
         ValueError: an unknown `kind` or `reduce`, or a head that the reading does not take.
     """
 
@@ -83,6 +87,12 @@ class Preset:
     log_ratio_model: str | None = None
 
     def __post_init__(self) -> None:
+        try:
+            self._bring_to_form()
+            check_fields(self)
+            self.reading.check_outputs(None if self.head is None else self.head.outputs)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"preset '{self.name}': {error}") from None
         for field, value, known in (
             ("kind", self.kind, ("process", "outcome")),
             ("semantics", self.semantics, ("value", "correctness", "reward")),
@@ -90,10 +100,14 @@ class Preset:
         ):
             if value not in known:
                 raise ValueError(f"preset '{self.name}': {field} is {value!r}; known: {', '.join(known)}.")
-        try:
-            self.reading.check_outputs(None if self.head is None else self.head.outputs)
-        except ValueError as error:
-            raise ValueError(f"preset '{self.name}': {error}") from None
+
+    def _bring_to_form(self) -> None:
+        """What may be written in short: a single pattern, and a segmentation by its argument `by`."""
+        for field in _PATTERNS:
+            given = self.__dict__[field]
+            patterns = (given,) if isinstance(given, str) else given
+            object.__setattr__(self, field, tuple(patterns) if isinstance(patterns, list) else patterns)
+        object.__setattr__(self, "segmentation", as_segmentation(self.segmentation))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preset":
@@ -107,17 +121,24 @@ class Preset:
                 imported, so a preset is as powerful as code.
 
         Raises:
-            ValueError: an unknown type or field; the message names the field.
+            ValueError: not a mapping, or an unknown type or field; the message names the field.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"preset: expected a mapping of its fields, got {values!r}.")
         fields = dict(values)
         for name, (base, known) in _TYPED_FIELDS.items():
             if fields.get(name) is not None:
                 fields[name] = build_typed(fields[name], base, known, f"preset.{name}")
+        # As the other fields that are objects, so that an unknown argument is named
         if isinstance(fields.get("segmentation"), Mapping):
             fields["segmentation"] = build(Segmentation, fields["segmentation"], "preset.segmentation")
         return build(cls, fields, "preset")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Preset":
-        """[`Preset.from_dict`] of a YAML file."""
-        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        """[`Preset.from_dict`] of a YAML file, which every error names."""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error

@@ -1,5 +1,6 @@
 """The reward models that people use, as presets, and which preset a model has."""
 
+import os
 from fnmatch import fnmatch
 
 from transformers import PreTrainedConfig
@@ -185,24 +186,30 @@ def find_preset(model: str, config: PreTrainedConfig | None = None) -> Preset | 
     return None
 
 
-def resolve_preset(model: str, preset: Preset | str | None, config: PreTrainedConfig | None = None) -> Preset:
+def resolve_preset(
+    model: str, preset: Preset | str | os.PathLike[str] | None, config: PreTrainedConfig | None = None
+) -> Preset:
     """
     The preset to load a model with.
 
     Args:
         model (`str`):
             Id on the Hub, or folder.
-        preset ([`Preset`] or `str`, *optional*):
+        preset ([`Preset`], `str` or `os.PathLike`, *optional*):
             A preset, the name of one of `PRESETS`, or the path of a YAML file; the one that [`find_preset`] finds by
             default.
         config (`PreTrainedConfig`, *optional*):
             The model's config.
 
     Raises:
+        TypeError: `preset` is none of these.
         ValueError: an unknown name, or a model that no preset fits.
     """
     if isinstance(preset, Preset):
         return preset
+    if preset is not None and not isinstance(preset, (str, os.PathLike)):
+        raise TypeError(f"preset is {preset!r}; pass a name, the path of a YAML file or a Preset.")
+    preset = None if preset is None else os.fspath(preset)
     if preset is not None and preset.endswith((".yaml", ".yml")):
         return Preset.from_yaml(preset)
     found = find_preset(model, config) if preset is None else PRESETS.get(preset)

@@ -16,38 +16,18 @@ import path, `type: my_package.my_module:MyReading`, and its other entries are t
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from .plain_data import CheckedFields
+from .rendering import RenderedBatch, check_shape
+from .texts import check_texts
 
-class RenderedBatch(NamedTuple):
-    """
-    Rendered solutions, padded on the right.
 
-    Args:
-        input_ids_BL (`torch.Tensor` of shape `(B, L)`):
-            Ids.
-        attention_mask_BL (`torch.Tensor` of shape `(B, L)`):
-            1 where attention may look.
-        rows_R (`torch.Tensor` of shape `(R,)`):
-            Row of each score position.
-        columns_R (`torch.Tensor` of shape `(R,)`):
-            Column of each score position.
-        prompt_lengths_B (`torch.Tensor` of shape `(B,)`):
-            Number of ids before the first step.
-    """
-
-    input_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor
-    rows_R: torch.Tensor
-    columns_R: torch.Tensor
-    prompt_lengths_B: torch.Tensor
-
-    def at_score_positions(self, values_BL: torch.Tensor) -> torch.Tensor:
-        """Values of shape `(B, L, ...)` at the score positions, of shape `(R, ...)`, in float32."""
-        return values_BL[self.rows_R, self.columns_R].float()
+# What a model may have for a reading
+_NEEDS = ("head", "vocabulary", "log_ratio")
 
 
 class BackboneOutput(NamedTuple):
@@ -77,10 +57,10 @@ class LoadedParts(Protocol):
         ...
 
 
-class Reading(ABC):
+class Reading(CheckedFields, ABC):
     """What all readings share. Subclass [`HeadReading`], [`AnswerReading`] or [`LogRatioReading`]."""
 
-    needs: ClassVar[Literal["head", "vocabulary", "log_ratio"]]
+    needs: ClassVar[Literal["head", "vocabulary", "log_ratio"] | None] = None
 
     @property
     def needs_vocabulary(self) -> bool:
@@ -96,9 +76,15 @@ class Reading(ABC):
                 Number of outputs of the head; `None` if the preset has no head.
 
         Raises:
-            ValueError: a head is missing, not needed, or has another number of outputs than the reading takes.
+            ValueError: a head is missing, not needed, or has another number of outputs than the reading takes; or
+                the class does not say what it needs.
         """
         name = type(self).__name__
+        if self.needs not in _NEEDS:
+            raise ValueError(
+                f"the reading {name} has needs = {self.needs!r}; known: {', '.join(_NEEDS)}. Subclass HeadReading, "
+                "AnswerReading or LogRatioReading, which set it."
+            )
         if self.needs == "head" and outputs is None:
             raise ValueError(f"the reading {name} needs a head; set `head`.")
         if self.needs != "head" and outputs is not None:
@@ -117,6 +103,37 @@ class Reading(ABC):
             `nn.Module`: maps the [`BackboneOutput`]s of the models that the reading needs, the reward model's first,
             and their [`RenderedBatch`] to scores of shape `(R,)`.
         """
+
+
+class CheckedReadOut(nn.Module):
+    """
+    What a reading has built, with the shape of its scores checked.
+
+    Args:
+        reading ([`Reading`]):
+            Builds the module, and is named in errors.
+        parts ([`LoadedParts`]):
+            What the loaded model gives.
+
+    Raises:
+        TypeError: the reading builds no module, or its module returns no tensor.
+        ValueError: the module's scores have another shape than `(R,)`.
+    """
+
+    def __init__(self, reading: Reading, parts: LoadedParts):
+        super().__init__()
+        self.name = type(reading).__name__
+        built: Any = reading.build(parts)
+        if not isinstance(built, nn.Module):
+            raise TypeError(f"the reading {self.name} has built {built!r}; expected an nn.Module.")
+        self.built = built
+
+    def forward(self, outputs: Sequence[BackboneOutput], batch: RenderedBatch) -> torch.Tensor:
+        scores_R: Any = self.built(outputs, batch)
+        if not isinstance(scores_R, torch.Tensor):
+            raise TypeError(f"the reading {self.name} returned {type(scores_R).__name__}; expected a tensor.")
+        check_shape(scores_R, (len(batch.rows_R),), f"the reading {self.name}")
+        return scores_R
 
 
 class LogitsReadOut(nn.Module):
@@ -207,7 +224,9 @@ class AnswerReading(Reading):
         """Scores of shape `(R,)` from the answers' logits of shape `(R, O)`, in float32."""
 
     def build(self, parts: LoadedParts) -> nn.Module:
-        return LogitsReadOut(parts.answer_logits(self.answer_texts()), self)
+        answers = self.answer_texts()
+        check_texts(answers, f"answer_texts() of the reading {type(self).__name__}")
+        return LogitsReadOut(parts.answer_logits(answers), self)
 
 
 class LogRatioReading(Reading):

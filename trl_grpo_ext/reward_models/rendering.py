@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from .encoding import chat_frame, continue_text, continue_with, encode_template, encode_text, one_id
+from .plain_data import CheckedFields
 
 
 class Rendered(NamedTuple):
@@ -31,6 +34,53 @@ class Rendered(NamedTuple):
     score_positions: list[int]
 
 
+class RenderedBatch(NamedTuple):
+    """
+    Rendered solutions, padded on the right.
+
+    Args:
+        input_ids_BL (`torch.Tensor` of shape `(B, L)`):
+            Ids.
+        attention_mask_BL (`torch.Tensor` of shape `(B, L)`):
+            1 where attention may look.
+        rows_R (`torch.Tensor` of shape `(R,)`):
+            Row of each score position.
+        columns_R (`torch.Tensor` of shape `(R,)`):
+            Column of each score position.
+        prompt_lengths_B (`torch.Tensor` of shape `(B,)`):
+            Number of ids before the first step.
+    """
+
+    input_ids_BL: torch.Tensor
+    attention_mask_BL: torch.Tensor
+    rows_R: torch.Tensor
+    columns_R: torch.Tensor
+    prompt_lengths_B: torch.Tensor
+
+    def at_score_positions(self, values_BL: torch.Tensor) -> torch.Tensor:
+        """Values of shape `(B, L, ...)` at the score positions, of shape `(R, ...)`, in float32."""
+        return values_BL[self.rows_R, self.columns_R].float()
+
+
+def check_shape(values: torch.Tensor, expected: tuple[int, ...], what: str) -> None:
+    """
+    Raise `ValueError` if what a class of the user computes at the score positions has another shape than expected.
+
+    Args:
+        values (`torch.Tensor`):
+            What was computed.
+        expected (`tuple[int, ...]`):
+            The shape, whose first axis is that of the score positions.
+        what (`str`):
+            Names the class in the error.
+    """
+    if tuple(values.shape) != expected:
+        raise ValueError(
+            f"{what} returned a tensor of shape {tuple(values.shape)}; expected {expected}, with a row for each of "
+            f"the {expected[0]} score positions."
+        )
+
+
 class RenderedStep(NamedTuple):
     """
     One step as a part of the input.
@@ -46,14 +96,14 @@ class RenderedStep(NamedTuple):
     score_offset: int
 
 
-class Rendering(ABC):
+class Rendering(CheckedFields, ABC):
     """
     How a problem and the steps of a solution become a reward model's input.
 
     A preset in YAML names a rendering of your own by its import path.
     """
 
-    def check(self, tokenizer: Any) -> None:  # noqa: B027  (most renderings suit every tokenizer)
+    def check(self, tokenizer: Any) -> None:
         """Raise `ValueError` if the tokenizer does not suit, such as a tag that is not exactly one id."""
 
     @abstractmethod
@@ -121,6 +171,7 @@ class _Prompted(Rendering):
     bos: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "{problem}" not in self.prompt:
             raise ValueError(f"prompt is {self.prompt!r}; it must say where {{problem}} goes.")
         if self.chat and self.bos:

@@ -1,10 +1,12 @@
 """The trainer's arguments about rewards, checked before anything is loaded."""
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from inspect import Parameter
+from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 
 
 # What TRL passes to reward functions beside the data set's columns
@@ -36,6 +38,73 @@ def list_sources(reward_funcs: Any) -> list[Any]:
     return sources
 
 
+@runtime_checkable
+class NamesColumns(Protocol):
+    """A reward source that says which columns of the dataset it needs."""
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The names of the columns."""
+        ...
+
+
+def required_arguments(source: Any) -> list[str]:
+    """The arguments by name without which a call of a reward function fails; empty where they are not known."""
+    try:
+        parameters = inspect.signature(source).parameters.values()
+    except (TypeError, ValueError):
+        # Some builtins have no signature
+        return []
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in by_name and p.default is Parameter.empty]
+
+
+def check_parameters(source: Any, offered: Collection[str], where: str) -> None:
+    """
+    Raise `TypeError` if a reward function has a required parameter that it would not be given.
+
+    Args:
+        source (`Callable`):
+            The function.
+        offered (`Collection[str]`):
+            The names of what it is given.
+        where (`str`):
+            Names it in the error.
+    """
+    for name in required_arguments(source):
+        if name not in offered:
+            hint = " To judge the texts of a completion's steps, decorate it with @step_reward."
+            raise TypeError(
+                f"{where} has a parameter {name!r}, which is no column of the dataset; a reward function is given: "
+                f"{', '.join(sorted(offered))}.{hint if name in ('problem', 'steps') else ''}"
+            )
+
+
+def check_source_columns(sources: Sequence[Any], names: Sequence[str], datasets: Mapping[str, Any]) -> None:
+    """
+    Raise `TypeError` if a reward source needs a column that a data set lacks.
+
+    Args:
+        sources (`Sequence`):
+            Functions and models.
+        names (`Sequence[str]`):
+            Their names.
+        datasets (`Mapping[str, Any]`):
+            As for [`check_columns`].
+    """
+    for argument, columns in _known_columns(datasets):
+        for source, name in zip(sources, names, strict=True):
+            where = f"reward source '{name}'"
+            needed = source.required_columns if isinstance(source, NamesColumns) else []
+            missing = [column for column in needed if column not in columns]
+            if missing:
+                raise TypeError(
+                    f"{where} needs the column {missing[0]!r}, which {argument} lacks; it has: {', '.join(columns)}."
+                )
+            if not isinstance(source, nn.Module):
+                check_parameters(source, [*columns, *_RESERVED_COLUMNS], where)
+
+
 def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
     """
     Raise `ValueError` if a data set's columns would not reach the reward functions, or if it has no prompts.
@@ -47,12 +116,20 @@ def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
         needs_prompt (`bool`):
             Whether prompts come from the data set, and not from an environment.
     """
+    for argument, columns in _known_columns(datasets):
+        check_row(argument, columns, needs_prompt)
+
+
+def _known_columns(datasets: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """The argument and the columns of each data set that knows them before it is read."""
     for argument, dataset in datasets.items():
         parts = dataset.values() if isinstance(dataset, dict) else [dataset]
         for part in parts:
             columns = part.column_names if isinstance(part, (Dataset, IterableDataset)) else None
-            if columns is not None:
-                check_row(argument, columns, needs_prompt)
+            # A transform that runs when a row is read makes columns of its own
+            is_transformed = isinstance(part, Dataset) and part.format["type"] == "custom"
+            if columns is not None and not is_transformed:
+                yield argument, list(columns)
 
 
 def check_row(argument: str, columns: Iterable[str], needs_prompt: bool) -> None:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..distributed import gather_tokens, local_rows, total
-from .sources import RewardSource
+from .sources import RewardSource, StepCounts
 from .types import place_rewards
 
 
@@ -30,6 +30,9 @@ class ScoredBatch(NamedTuple):
             Number of steps that each source found; 0 for a source of outcome rewards.
         unscored_K (`list[int]` of length K):
             How many of these steps have no value.
+        masked_K (`list[int]` of length K):
+            How many of these steps have a value on a token outside the loss mask, where it does not count; 0 under
+            outcome supervision.
         group_size (`int`):
             Completions per prompt, in consecutive rows.
     """
@@ -40,6 +43,7 @@ class ScoredBatch(NamedTuple):
     mask_NT: torch.Tensor
     steps_K: list[int]
     unscored_K: list[int]
+    masked_K: list[int]
     group_size: int
 
     @property
@@ -53,15 +57,15 @@ class ScoredBatch(NamedTuple):
         return self.rewards_KNT.isnan().all(-1).T
 
 
-def gather_outcomes(scores_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards `(K, N, 1)` and mask `(N, 1)` of completions that count as a single token each."""
+def gather_outcomes(scores_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """As [`gather_token_rewards`] of completions that count as a single token each, `T = 1`."""
     rewards_KN1 = scores_NK.T.unsqueeze(-1)
-    return rewards_KN1, torch.ones_like(rewards_KN1[0], dtype=torch.bool)
+    return rewards_KN1, torch.ones_like(rewards_KN1[0], dtype=torch.bool), [0] * len(rewards_KN1)
 
 
 def gather_token_rewards(
     accelerator: Accelerator, sources: Sequence[Any], scores_NK: torch.Tensor, mask_BT: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """
     Rewards on the loss tokens of all processes' completions.
 
@@ -76,7 +80,8 @@ def gather_token_rewards(
             Loss mask of this process.
 
     Returns:
-        Rewards `(K, N, T)`, NaN where there is none, and mask `(N, T)`, bool, with T the longest of all processes.
+        Rewards `(K, N, T)`, NaN where there is none, and mask `(N, T)`, bool, with T the longest of all processes; and
+        for each source the number of its rewards that lie outside the mask, which are left out.
     """
     scores_KB = local_rows(accelerator, scores_NK).T.tolist()
     placed = []
@@ -85,11 +90,11 @@ def gather_token_rewards(
     mask_NT = gather_tokens(accelerator, mask_BT.long(), 0).bool()
     rewards_KNT = gather_tokens(accelerator, torch.stack(placed, dim=1), torch.nan).transpose(0, 1)
     # A reward on a token that is not trained on does not count
-    return rewards_KNT.where(mask_NT, torch.nan), mask_NT
+    masked_K = (~rewards_KNT.isnan() & ~mask_NT).sum((1, 2)).tolist()
+    return rewards_KNT.where(mask_NT, torch.nan), mask_NT, masked_K
 
 
-def count_steps(accelerator: Accelerator, sources: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """How many steps each source found in the batches of all processes, and how many of these it did not score."""
-    counts_K2 = [source.count_steps() if isinstance(source, RewardSource) else (0, 0) for source in sources]
-    summed_K2 = total(accelerator, torch.tensor(counts_K2, device=accelerator.device))
-    return [steps for _, steps in summed_K2], [unscored for unscored, _ in summed_K2]
+def count_steps(accelerator: Accelerator, sources: Sequence[Any]) -> list[StepCounts]:
+    """The steps that each source found in the batches of all processes."""
+    counts_K = [source.count_steps() if isinstance(source, RewardSource) else StepCounts() for source in sources]
+    return [StepCounts(*summed) for summed in total(accelerator, torch.tensor(counts_K, device=accelerator.device))]

@@ -38,12 +38,12 @@ def gate_indices(gates: Sequence[str], names: Sequence[str]) -> list[int | None]
     return indices
 
 
-def withheld_rewards(rewards_NK: torch.Tensor, gates: Sequence[int | None]) -> torch.Tensor:
+def withheld_rewards(scores_NK: torch.Tensor, gates: Sequence[int | None]) -> torch.Tensor:
     """
     Where a source's reward is withheld, because its gate's reward is not positive or its gate does not judge.
 
     Args:
-        rewards_NK (`torch.Tensor` of shape `(N, K)`):
+        scores_NK (`torch.Tensor` of shape `(N, K)`):
             One number per completion and source, NaN where there is none.
         gates (`Sequence[int | None]` of length K):
             What [`gate_indices`] returned.
@@ -51,9 +51,9 @@ def withheld_rewards(rewards_NK: torch.Tensor, gates: Sequence[int | None]) -> t
     Returns:
         `torch.Tensor` of shape `(N, K)`, bool.
     """
-    withheld_NK = torch.zeros_like(rewards_NK, dtype=torch.bool)
+    withheld_NK = torch.zeros_like(scores_NK, dtype=torch.bool)
     for k, gate in enumerate(gates):
         if gate is not None:
             # Also true for NaN
-            withheld_NK[:, k] = ~(rewards_NK[:, gate] > 0)
+            withheld_NK[:, k] = ~(scores_NK[:, gate] > 0)
     return withheld_NK

@@ -2,14 +2,36 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .._trl import is_async_callable
+from .arguments import check_parameters
 from .step_reductions import STEP_REDUCTIONS
 from .transforms import transform_reward
 from .types import Reward, StepRewards, check_finite, is_list_like, parse_as_trl, parse_reward, plain
+
+
+class StepCounts(NamedTuple):
+    """
+    How many steps a source found in a batch.
+
+    Args:
+        steps (`int`):
+            Number of steps; 0 for a source of outcome rewards.
+        unscored (`int`):
+            How many of them have no value.
+        with_several (`int`):
+            Number of completions with more than one step.
+        without_step (`int`):
+            Number of completions whose rewards are those of steps, and which have none.
+    """
+
+    steps: int = 0
+    unscored: int = 0
+    with_several: int = 0
+    without_step: int = 0
 
 
 class RewardSource:
@@ -48,8 +70,8 @@ class RewardSource:
             known = ", ".join(map(repr, STEP_REDUCTIONS))
             raise ValueError(f"reward source '{name}': `reduce` is {self.reduce!r}; known: {known}.")
         self.rewards: list[Reward] = []
-        # Whether any completion of the last batch came back as `StepRewards` or a token list, even one without steps
-        self.returned_steps = False
+        # How many completions of the last batch came back as `StepRewards` or a token list without a step
+        self._without_step = 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -80,13 +102,15 @@ class RewardSource:
             raise ValueError(
                 f"reward source '{self.name}' returned {len(returned)} rewards for {len(lengths)} completions."
             )
-        self.returned_steps = any(isinstance(value, (StepRewards, list)) for value in returned)
+        self._without_step = 0
         self.rewards = []
         numbers = []
         for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
             parsed = parse_reward(value, length, where)
             reward = transform_reward(parsed, self.transform, where)
+            # `None` is another matter: the steps may have been found, and not judged
+            self._without_step += parsed is None and isinstance(value, (StepRewards, list))
             self.rewards.append(reward)
             numbers.append(self._to_number(reward, where))
         return numbers
@@ -98,14 +122,19 @@ class RewardSource:
             return None
         return check_finite(STEP_REDUCTIONS[self.reduce](reward.scored), f"{where}: the {self.reduce} of its steps")
 
-    def count_steps(self) -> tuple[int, int]:
-        """How many steps of the last batch were not scored, and how many steps there were."""
-        steps = [reward for reward in self.rewards if isinstance(reward, StepRewards)]
-        total = sum(len(reward.values) for reward in steps)
-        scored = sum(len(reward.scored) for reward in steps)
-        return total - scored, total
+    def count_steps(self) -> StepCounts:
+        """The steps of the last batch."""
+        with_steps = [reward for reward in self.rewards if isinstance(reward, StepRewards)]
+        steps = sum(len(reward.values) for reward in with_steps)
+        return StepCounts(
+            steps=steps,
+            unscored=steps - sum(len(reward.scored) for reward in with_steps),
+            with_several=sum(len(reward.values) > 1 for reward in with_steps),
+            without_step=self._without_step,
+        )
 
     def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        check_parameters(self.function, [*kwargs, "completion_ids"], f"reward source '{self.name}'")
         # Before the call: a function may change the lists that it gets
         lengths = [len(ids) for ids in completion_ids]
         return self.parse(self.function(completion_ids=completion_ids, **kwargs), lengths)
@@ -115,6 +144,7 @@ class AsyncRewardSource(RewardSource):
     """[`RewardSource`] of a coroutine function; TRL awaits all of them together."""
 
     async def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:  # type: ignore[override]
+        check_parameters(self.function, [*kwargs, "completion_ids"], f"reward source '{self.name}'")
         lengths = [len(ids) for ids in completion_ids]
         return self.parse(await self.function(completion_ids=completion_ids, **kwargs), lengths)
 

@@ -99,6 +99,10 @@ class Segmentation:
                 raise ValueError(f"Segmentation: {name} is {value}; it must be at least 1.")
 
 
+# What is taken wherever a segmentation is asked for, see `as_segmentation`
+SegmentationLike = str | Segmentation | Callable[[str], Sequence[int]]
+
+
 def as_segmentation(value: Any) -> Segmentation:
     """
     The [`Segmentation`] that a user means, wherever one is asked for.

@@ -14,7 +14,7 @@ from ..rewards.types import StepRewards, check_number, is_list_like, plain
 from .extra_logs import ExtraLogs
 from .named_arguments import NamedParameters, value_of_row
 from .policy_text import last_user_text, place_on_tokens, policy_steps
-from .segmentation import Segmentation, Step, as_segmentation
+from .segmentation import Segmentation, SegmentationLike, Step, as_segmentation
 
 
 _Result = TypeVar("_Result")
@@ -27,22 +27,21 @@ _LOG_EXTRA = "log_extra"
 _GIVEN = ("problem", "steps", "prompt", "trainer_state", _LOG_EXTRA, "log_metric", "environments")
 
 _Judge = Callable[..., Any]
-_By = str | Segmentation | Callable[[str], Sequence[int]]
 
 
 @overload
 def step_reward(
-    function: _Judge, /, *, by: _By = ..., name: str | None = ..., reduce: str | None = ...
+    function: _Judge, /, *, by: SegmentationLike = ..., name: str | None = ..., reduce: str | None = ...
 ) -> "StepRewardFunction": ...
 @overload
 def step_reward(
-    *, by: _By = ..., name: str | None = ..., reduce: str | None = ...
+    *, by: SegmentationLike = ..., name: str | None = ..., reduce: str | None = ...
 ) -> Callable[[_Judge], "StepRewardFunction"]: ...
 def step_reward(
     function: _Judge | None = None,
     /,
     *,
-    by: _By = "blank_line",
+    by: SegmentationLike = "blank_line",
     name: str | None = None,
     reduce: str | None = None,
 ) -> Any:

@@ -11,7 +11,8 @@ import httpx
 
 from ...rewards.types import StepRewards
 from ...steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
-from ...steps.segmentation import Segmentation
+from ...steps.segmentation import Segmentation, SegmentationLike, as_segmentation
+from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
     VLLM_OUTCOMES_PATH,
@@ -194,7 +195,7 @@ class RemoteProcessRewardModel(RemoteRewardModel):
     A process reward model on a server, as an async reward source: the policy's steps, scored at their last tokens.
 
     Args:
-        segmentation (`Segmentation`, *optional*, defaults to `Segmentation()`):
+        segmentation (`Segmentation` or its argument `by`, *optional*, defaults to `Segmentation()`):
             How completions are cut into steps.
         policy_tokenizer (*optional*):
             The policy's tokenizer, which decodes the completions; the trainer sets it.
@@ -211,13 +212,14 @@ class RemoteProcessRewardModel(RemoteRewardModel):
     ```
     """
 
-    segmentation: Segmentation = field(default_factory=Segmentation)
+    segmentation: SegmentationLike = field(default_factory=Segmentation)
     policy_tokenizer: Any = None
     reduce: str = "min"
     labels: Sequence[int] = (-1,)
 
     def __post_init__(self):
         super().__post_init__()
+        self.segmentation = as_segmentation(self.segmentation)
         if self.protocol == "vllm" and self.rendering is None:
             raise ValueError("a process reward model on vLLM needs rendering and tokenizer, which place its steps.")
 
@@ -229,7 +231,8 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[StepRewards | None]:
         source = f"RemoteProcessRewardModel({self.url!r})"
-        steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
+        segmentation = as_segmentation(self.segmentation)
+        steps = [policy_steps(self.policy_tokenizer, ids, segmentation, source) for ids in completion_ids]
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
@@ -242,6 +245,9 @@ class RemoteProcessRewardModel(RemoteRewardModel):
             `list[list[float | None] | None]`: per solution as many as it has steps, `None` for a step that the server
             left unscored; `None` instead of the list where the request failed and `on_failure` is `"none"`.
         """
+        check_texts(problems, "problems")
+        for index, own in enumerate(steps):
+            check_texts(own, f"solution {index}")
         ask = self._ask_openrlhf if self.protocol == "openrlhf" else self._ask_vllm
         return await ask(problems, steps)
 
@@ -272,6 +278,11 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
 
     label_column: str | None = None
 
+    @property
+    def required_columns(self) -> list[str]:
+        """The column that the dataset must have."""
+        return [] if self.label_column is None else [self.label_column]
+
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
         if self.label_column is not None and self.label_column not in columns:
             raise ValueError(f"the dataset has no column {self.label_column!r} to send as `labels`.")
@@ -285,6 +296,8 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
         self, problems: Sequence[str], solutions: Sequence[str], labels: Sequence[Any] | None = None
     ) -> list[Score]:
         """One number per solution, in order; `None` where the server gave none or the request failed."""
+        check_texts(problems, "problems")
+        check_texts(solutions, "solutions")
         if self.protocol == "vllm":
             pairs = zip(problems, solutions, strict=True)
             requests = [self._vllm_outcome(problem, solution) for problem, solution in pairs]
