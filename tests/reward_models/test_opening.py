@@ -5,8 +5,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from tests.support.tiny_models import save_tiny_model, tiny_tokenizer
-from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer
-from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel
+from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer, scored_batch
+from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel, step_reward
 from trl_grpo_ext.reward_models import checkpoint, presets
 from trl_grpo_ext.reward_models import opening as opening_module
 from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_model
@@ -120,6 +120,28 @@ def test_a_second_trainer_brings_its_own_policys_tokenizer(tiny_model, prm_folde
         )
         assert model.policy_tokenizer is trainer._tokenizer
         trainer.train()
+
+
+def prepared_for(source, trainer):
+    return source.policy_tokenizer is trainer._tokenizer
+
+
+@pytest.mark.parametrize("kind", ["process reward model", "step_reward"])
+def test_two_trainers_with_one_source_each_use_their_own_tokenizer_and_budget(tiny_model, prm_folder, tmp_path, kind):
+    source = step_reward(lambda steps: [1.0] * len(steps), by="newline")
+    if kind == "process reward model":
+        source = ProcessRewardModel.from_pretrained(prm_folder, segmentation="newline")
+    trainers = []
+    for budget in (64, None):
+        options = {"trainer_options": {"rollout_func": completions_in_lines()}, "reward_batch_tokens": budget}
+        trainers.append(make_trainer(GRPOExtTrainer, tiny_model, [source], tmp_path, **options))
+    first, second = trainers
+    assert prepared_for(source, second) and not prepared_for(source, first)
+    for trainer, budget in ((first, 64), (second, None), (first, 64)):
+        scored_batch(trainer, 8)
+        assert prepared_for(source, trainer)
+        if isinstance(source, ProcessRewardModel):
+            assert (source.accelerator, source.trainer_batch_tokens) == (trainer.accelerator, budget)
 
 
 def test_config_fields_in_model_init_kwargs_reach_reward_models(tiny_model, prm_folder, tmp_path):
