@@ -16,6 +16,7 @@ from transformers import (
     Llama4TextConfig,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
 )
 
 from tests.support.adapters import LORA
@@ -112,6 +113,16 @@ def test_a_mixture_of_experts_whose_config_has_no_num_experts_trains_with_the_ex
     log = trainer.state.log_history[1]
     assert log["aux_loss"] > 1
     assert log["loss"] == pytest.approx(log["policy_loss"] + log["kl_loss"] + 0.1 * log["aux_loss"], rel=1e-5)
+
+    class WithoutKL(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.beta = 0.0
+
+    trainer = trainer_of(folder, tmp_path, **EXACT, **coefficient)
+    trainer.add_callback(WithoutKL())
+    assert len(logged_kls(trainer)) == 1
+    log = trainer.state.log_history[1]
+    assert log["loss"] == pytest.approx(log["policy_loss"] + 0.1 * log["aux_loss"], rel=1e-5)
     if not routers_asked:
         assert logged_kls(trainer_of(folder, tmp_path, router_aux_loss_coef=0.0, num_iterations=2))
 

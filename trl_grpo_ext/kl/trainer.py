@@ -209,7 +209,8 @@ class KLTrainer(GRPOTrainer):
         inputs = dict(inputs)
         outputs: list[Any] = []
         policy_forward = model
-        if self._reference is not None and self.beta != 0.0:
+        # With `beta` at 0 for the sake of the routers' loss, which TRL cannot make of all families
+        if self._reference is not None and (self.beta != 0.0 or self.aux_loss_enabled):
             predicted_gradient = self._predicted_gradient(inputs)
             policy_forward = self._reference.policy_forward(model, inputs, predicted_gradient=predicted_gradient)
 
