@@ -5,7 +5,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
@@ -56,8 +56,14 @@ def _fits(value: Any, hint: Any) -> bool:
         is_list = isinstance(value, (list, tuple))
         return is_list and (not parts or all(_fits(element, parts[0]) for element in value))
     if hint in (int, float):
-        return isinstance(value, int if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, hint) if isinstance(hint, type) else True
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if not isinstance(hint, type):
+        return True
+    try:
+        return isinstance(value, hint)
+    except TypeError:
+        # `Any` and protocols are classes of which nothing can be asked
+        return True
 
 
 def _words(hint: Any) -> str:
