@@ -25,6 +25,7 @@ IMAGE = {"type": "image", "image": None}
             [user("before"), {"role": "assistant", "content": "A"}, user("P"), {"role": "assistant", "content": "{"}],
             "P",
         ),
+        ([user("")], ""),
         ([user([text("P")])], "P"),
         ([user([text("What is "), text("1 + 1?")])], "What is 1 + 1?"),
         ([user([IMAGE, text("What is this?")]), user([text("P")])], "P"),
@@ -38,7 +39,7 @@ def test_the_problem_is_the_text_of_the_last_user_message(prompt, problem):
     ("prompt", "message"),
     [
         ([{"role": "system", "content": "S"}], "there is none in the prompt"),
-        ([user("")], "there is none in the prompt"),
+        ([user(None)], "there is none in the prompt"),
         ([user([])], "there is none in the prompt"),
         ([user([IMAGE, text("What is this?"), IMAGE, {"type": "audio"}])], "also has parts of type image, audio; use"),
     ],

@@ -26,13 +26,14 @@ def last_user_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     said = [message["content"] for message in prompt if message["role"] == "user"]
-    beside = [kind for kind in _kinds_of_parts(said[-1]) if kind != _TEXT] if said else []
+    kinds = _kinds_of_parts(said[-1]) if said else []
+    beside = [kind for kind in kinds if kind != _TEXT]
     if beside:
         raise ValueError(
             "the problem is the text of the prompt's last user message, which also has parts of type "
             f"{', '.join(dict.fromkeys(beside))}; use reward functions that do not need the problem."
         )
-    if not said or not _message_text(said[-1]):
+    if not kinds:
         raise ValueError(
             "the problem is the text of the prompt's last user message, and there is none in the prompt "
             f"{prompt!r}; use reward functions that do not need it."
@@ -41,8 +42,10 @@ def last_user_text(prompt: Any) -> str:
 
 
 def _kinds_of_parts(content: Any) -> list[str]:
-    """The type of each part of a message's content, which is a text or a list of `{"type": ..., ...}`."""
-    return [part["type"] for part in content] if isinstance(content, list) else [_TEXT]
+    """The type of each part of a message's content: a text, a list of `{"type": ..., ...}`, or `None`."""
+    if isinstance(content, list):
+        return [part["type"] for part in content]
+    return [] if content is None else [_TEXT]
 
 
 def _message_text(content: Any) -> str:
