@@ -50,7 +50,7 @@ MAY_USE_UPSTREAM = [
 # Questions to objects of the user, not of TRL: a reward function's `reduce`, and what NumPy and torch have in common
 # ... and the one place that sets attributes of an upstream object for a moment
 MAY_ASK_FOR_ATTRIBUTES = {
-    "_swapped.py": ["getattr", "setattr", "setattr"],
+    "_swapped.py": ["getattr", "setattr", "setattr", "delattr"],
     "rewards/sources.py": ["hasattr"],
     "rewards/types.py": ["hasattr"],
 }

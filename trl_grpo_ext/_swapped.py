@@ -15,11 +15,17 @@ def swapped(owner: Any, **values: Any) -> Iterator[None]:
     Raises:
         AttributeError: `owner` has no attribute of a given name.
     """
-    own = {name: getattr(owner, name) for name in values}
+    for name in values:
+        getattr(owner, name)
+    # A method is its class's, and is found there again once the instance has none
+    own = {name: owner.__dict__[name] for name in values if name in owner.__dict__}
     try:
         for name, value in values.items():
             setattr(owner, name, value)
         yield
     finally:
-        for name, value in own.items():
-            setattr(owner, name, value)
+        for name in values:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:
+                delattr(owner, name)

@@ -214,6 +214,27 @@ class GRPOExtTrainer(ModelCardTrainer):
         self._first_completion = str(completions[0])
         return scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
 
+    def _follow_subclass(self, rewards_NK: torch.Tensor) -> None:
+        """
+        Go on with what a subclass has made of the rewards that `_calculate_rewards` returns here.
+
+        Raises:
+            RuntimeError: under process supervision, where the rewards of tokens are trained on.
+        """
+        if self._scored_sources is None:
+            return
+        sources, scores_NK = self._scored_sources
+        counted_NK = scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
+        if ((rewards_NK == counted_NK) | (rewards_NK.isnan() & counted_NK.isnan())).all():
+            return
+        if self.args.supervision == "process":
+            raise RuntimeError(
+                f"{type(self).__name__}._calculate_rewards changes what super()._calculate_rewards(...) returns, one "
+                "number for each completion, and supervision='process' trains on the rewards of tokens. Change the "
+                "reward function, or override compute_advantages(batch), whose batch has them."
+            )
+        self._scored_sources = (sources, rewards_NK)
+
     def _warn_of_steps(self, sources: list[Any], counts_K: list[StepCounts], completions: int) -> None:
         """Say once, by name, where the steps of a source look wrong; see [`StepWarnings`]."""
         for source, counts in zip(sources, counts_K, strict=True):
@@ -330,7 +351,15 @@ class GRPOExtTrainer(ModelCardTrainer):
     def _generate_and_score_completions(self, inputs):
         # Streamed data tells its columns only now
         check_row("the data set", next(iter(inputs)), self._needs_prompt)
-        output = super()._generate_and_score_completions(inputs)
+        compute_rewards = self._calculate_rewards
+
+        def observed_rewards(*args: Any, **kwargs: Any) -> torch.Tensor:
+            rewards_NK = compute_rewards(*args, **kwargs)
+            self._follow_subclass(rewards_NK)
+            return rewards_NK
+
+        with swapped(self, _calculate_rewards=observed_rewards):
+            output = super()._generate_and_score_completions(inputs)
         mask_BT = loss_mask(output)
         if self._scored_sources is None:
             self._require_super()
@@ -346,8 +375,8 @@ class GRPOExtTrainer(ModelCardTrainer):
         if needs_steps or self.args.outcome_gate or self.args.reward_transforms:
             raise RuntimeError(
                 f"{type(self).__name__}._calculate_rewards does not call super()._calculate_rewards(...), where the "
-                "rewards of tokens and steps, gates and transforms are read. Call it, and change what it returns; or "
-                "use supervision='outcome' without gates and transforms."
+                "rewards of tokens and steps, gates and transforms are read. Call it; or use "
+                "supervision='outcome' without gates and transforms."
             )
 
     def _use_rewards(self, output: dict[str, Any], batch: ScoredBatch, mask_BT: torch.Tensor) -> None:

@@ -96,12 +96,12 @@ def test_the_exact_kl_keeps_the_models_own_router_loss(model_class):
     # A few tokens at a time
     kl_head = ExactKLHead(head_settings(model.forward), 100 * VOCABULARY, "reverse", SecondPassCount(), reference_head)
     let_copies_compute(model)
-    add_exact_kl(model, kl_head)
+    add_exact_kl(model)
     labels = torch.cat([torch.full((2, 6), -100), ids[:, -6:]], dim=1)
     call = {**inputs, "labels": labels, "fused_lm_head": True}
     with torch.no_grad():
         ref_hidden_states = model(**call, return_hidden_states=True).log_probs[:, -6:]
-    output = model(**call, ref_hidden_states=ref_hidden_states)
+    output = model(**call, ref_hidden_states=ref_hidden_states, kl_head=kl_head)
     assert own.aux_loss > 0.5 and own_gradients
     torch.testing.assert_close(output.aux_loss, own.aux_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(output.log_probs, own_logps, rtol=1e-5, atol=1e-5)

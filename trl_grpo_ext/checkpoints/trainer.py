@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from .._swapped import swapped
 from ..distributed import total
+from ..kl.reference import keep_requires_grad
 from ..kl.trainer import KLTrainer
 from .batches import SavedBatch, batch_file, batch_settings, changed_settings, load_batch, save_batch
 from .folders import checkpoint_folder, find_checkpoint, rotate_checkpoints
@@ -96,11 +98,14 @@ class CheckpointedTrainer(KLTrainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Transformers activates a loaded adapter, whereupon PEFT lets all of it train
+        with keep_requires_grad(cast(nn.Module, self.model)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_converted_weights(resume_from_checkpoint)
 
     def _load_best_model(self):
-        super()._load_best_model()
+        with keep_requires_grad(cast(nn.Module, self.model)):
+            super()._load_best_model()
         self._load_converted_weights(self.state.best_model_checkpoint)
 
     def _load_converted_weights(self, folder: Any) -> None:
@@ -201,7 +206,8 @@ class CheckpointedTrainer(KLTrainer):
         return batch_settings(
             self.args,
             sources=self.reward_func_names,
-            weights=self.reward_weights.tolist(),
+            # Not those of this step, which a callback may schedule
+            weights=cast(Any, self.args.reward_weights) or [1.0] * len(self.reward_func_names),
             processes=self.accelerator.num_processes,
         )
 

@@ -112,7 +112,7 @@ class CachedReference:
         if not self._patched:
             let_copies_compute(policy)
         for model in {policy, reference} - set(self._patched):
-            add_exact_kl(model, self._kl_head)
+            add_exact_kl(model)
             self._patched.add(model)
 
     def hidden_state_forward(self, model: nn.Module, num_tokens: int) -> Callable[..., Any]:
@@ -157,7 +157,7 @@ class CachedReference:
 
         def forward(**kwargs: Any) -> Any:
             ref_hidden_BTH = self._hidden_states(num_tokens, **kwargs) if cached_BTH is None else cached_BTH
-            return model(**kwargs, **options, ref_hidden_states=ref_hidden_BTH)
+            return model(**kwargs, **options, ref_hidden_states=ref_hidden_BTH, kl_head=self._kl_head)
 
         return forward
 

@@ -71,7 +71,7 @@ class ExactKLHead:
     reference_head: weakref.ref[nn.Linear] | None = None
 
 
-def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
+def add_exact_kl(model: PreTrainedModel) -> None:
     """
     Let `model`, which TRL gave a fused head, take part in the exact KL.
 
@@ -80,15 +80,14 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
     - `model(..., labels=..., return_hidden_states=True)` is a pass of the reference. It runs the backbone only, and
       its output has the last hidden states `(B, L - 1, H)` of the positions that predict a token in place of the
       log-probs.
-    - `model(..., labels=..., ref_hidden_states=..., predicted_gradient=...)` is a pass of the policy and returns
-      [`ExactKLOutput`]. `ref_hidden_states` `(B, T, H)` are the reference's, of the last T tokens.
-      `predicted_gradient` is a [`~trl_grpo_ext.loss.ClippedLossGradient`] or `None`.
+    - `model(..., labels=..., ref_hidden_states=..., kl_head=..., predicted_gradient=...)` is a pass of the policy and
+      returns [`ExactKLOutput`]. `ref_hidden_states` `(B, T, H)` are the reference's, of the last T tokens. `kl_head`
+      is the [`ExactKLHead`] of the trainer that calls, since several may share the model. `predicted_gradient` is a
+      [`~trl_grpo_ext.loss.ClippedLossGradient`] or `None`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal language model under any PEFT, DDP, FSDP or DeepSpeed wrapper.
-        kl_head ([`ExactKLHead`]):
-            The reference's head and the settings.
     """
     forward = unbound_forward(model, model.forward)
     has_routers = "output_router_logits" in model.config.get_text_config().to_dict()
@@ -96,7 +95,13 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
     # Keeps the signature, against which `generate` checks its arguments
     @functools.wraps(type(model).forward)
     def exact_kl_forward(
-        self, *args, return_hidden_states=False, ref_hidden_states=None, predicted_gradient=None, **kwargs
+        self,
+        *args,
+        return_hidden_states=False,
+        ref_hidden_states=None,
+        kl_head=None,
+        predicted_gradient=None,
+        **kwargs,
     ):
         if not return_hidden_states and ref_hidden_states is None:
             if has_routers and kwargs.get("fused_lm_head"):
@@ -116,7 +121,7 @@ def add_exact_kl(model: PreTrainedModel, kl_head: ExactKLHead) -> None:
             active_lm_head(self),
             labels[:, completion],
             ref_hidden_BTH,
-            kl_head,
+            cast(ExactKLHead, kl_head),
             predicted_gradient,
         )
         output.aux_loss = backbone.aux_loss

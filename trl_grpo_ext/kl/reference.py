@@ -1,6 +1,5 @@
 """The KL's reference under PEFT: the model without its adapter, or with a frozen one named `"ref"`, which can move."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,10 @@ from .._trl import SyncRefModelCallback
 
 REFERENCE_ADAPTER = "ref"
 
+# The attribute of a model whose adapter "ref" is of this package
+_MADE_HERE = "has_reference_adapter_of_trl_grpo_ext"
+# The one PEFT method whose parameters do not have the adapter's name in theirs
+_WITHOUT_NAME = "adaption_"
 # Initialisations that change the base weights, by the start of their PEFT names
 _INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -87,7 +90,7 @@ def policy_adapter(model: PeftModel) -> str:
     return model.active_adapters[0]
 
 
-def check_adapter(model: PeftModel, moves: bool) -> None:
+def check_adapter(model: PeftModel, *, moves: bool, needs_copy: bool) -> None:
     """
     Raise `ValueError` where the model has no reference to go back to, or none that could move.
 
@@ -96,8 +99,12 @@ def check_adapter(model: PeftModel, moves: bool) -> None:
             The policy.
         moves (`bool`):
             Whether the reference is to move.
+        needs_copy (`bool`):
+            Whether the reference has to be an adapter of its own.
     """
-    adapter_config = model.peft_config[policy_adapter(model)]
+    name = policy_adapter(model)
+    _check_names(model, name)
+    adapter_config = model.peft_config[name]
     config = adapter_config.to_dict()
     # Not every PEFT method has these two
     bias = config.get("bias", "none")
@@ -112,11 +119,44 @@ def check_adapter(model: PeftModel, moves: bool) -> None:
             f"init_lora_weights={init!r} changes the base weights, so that the model without its adapter is not the "
             "model before training, which the KL's reference must be. Use the default initialisation, or beta=0."
         )
-    if moves and (adapter_config.is_prompt_learning or config["peft_type"] == PeftType.ADALORA):
+    if moves and adapter_config.is_prompt_learning:
         raise ValueError(
             "sync_ref_model needs an adapter inside the layers (LoRA and its kind), beside which the reference is a "
             f"second one; {config['peft_type']} is no such. Use sync_ref_model=False, or another PEFT method."
         )
+    if needs_copy and config["peft_type"] == PeftType.ADALORA:
+        raise ValueError(
+            "ADALORA allows one adapter that trains, beside which the reference would be a second one. Pass the model "
+            "without its adapter and `peft_config=AdaLoraConfig(...)`, with sync_ref_model=False; or use another PEFT "
+            "method."
+        )
+    _check_frozen_base(model)
+
+
+def _check_names(model: PeftModel, policy_name: str) -> None:
+    if policy_name == REFERENCE_ADAPTER:
+        raise ValueError(
+            f"the adapter that is trained is called {REFERENCE_ADAPTER!r}, which is the name of the KL's reference. "
+            "Load it under another name (`adapter_name=...`), or use beta=0."
+        )
+    if REFERENCE_ADAPTER in model.peft_config and _MADE_HERE not in model.__dict__:
+        raise ValueError(
+            f"the model has an adapter called {REFERENCE_ADAPTER!r} that this package has not made, and the KL's "
+            f"reference needs the name. Load yours under another name, or delete it with "
+            f"`model.delete_adapter({REFERENCE_ADAPTER!r})`."
+        )
+
+
+def _check_frozen_base(model: PeftModel) -> None:
+    """Raise `ValueError` if a parameter outside the adapters trains: the reference would move with it."""
+    for name, parameter in model.named_parameters():
+        in_adapter = not set(model.peft_config).isdisjoint(name.split(".")) or _WITHOUT_NAME in name
+        if parameter.requires_grad and not in_adapter:
+            raise ValueError(
+                f"'{name}' trains and belongs to no adapter, so the KL's reference, which is the model without the "
+                "adapter, would move with it. List its module in modules_to_save of the PEFT config, freeze it, or "
+                "use beta=0."
+            )
 
 
 def prepare_adapter_reference(model: PeftModel, needs_copy: bool) -> None:
@@ -128,7 +168,8 @@ def prepare_adapter_reference(model: PeftModel, needs_copy: bool) -> None:
     - Without an adapter `"ref"` the reference is the model without its adapter. This is the model as it starts if the
       adapter is a fresh one.
     - With an adapter `"ref"` the reference is that one. A continued adapter needs it, and so does a reference that
-      moves. A model that has trained before has one already, whose values are then those of another start.
+      moves. A model that has trained before has one already, of another start and perhaps of another configuration:
+      it is replaced.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -136,13 +177,16 @@ def prepare_adapter_reference(model: PeftModel, needs_copy: bool) -> None:
         needs_copy (`bool`):
             Whether the reference has to be an adapter of its own.
     """
-    policy = policy_adapter(model)
     if not needs_copy:
         return
+    policy = policy_adapter(model)
     # The new adapter's random start, which is overwritten, leaves the random numbers of the training alone
     with keep_requires_grad(model), torch.random.fork_rng():
-        if REFERENCE_ADAPTER not in model.peft_config:
-            model.add_adapter(REFERENCE_ADAPTER, model.peft_config[policy])
+        if REFERENCE_ADAPTER in model.peft_config:
+            model.delete_adapter(REFERENCE_ADAPTER)
+        model.add_adapter(REFERENCE_ADAPTER, model.peft_config[policy])
+    # Copied with the model, unlike an entry in a registry
+    model.__dict__[_MADE_HERE] = True
     for reference_parameter, policy_parameter in _pairs(model, policy).values():
         # Other than `copy_`, this takes the dtype too
         reference_parameter.data = policy_parameter.data.clone()
@@ -178,10 +222,12 @@ def _pairs(model: nn.Module, policy_name: str) -> dict[str, tuple[nn.Parameter, 
     """The parameters of both adapters, reference and policy, by the name of the reference's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     pairs = {}
-    for name, policy in parameters.items():
-        reference_name = re.sub(rf"\.{re.escape(policy_name)}(?=\.|$)", f".{REFERENCE_ADAPTER}", name)
-        if reference_name != name:
-            pairs[reference_name] = (parameters[reference_name], policy)
+    for name, reference in parameters.items():
+        # The last one: a module above may have the name too, as it may have the policy's
+        before, found, after = f".{name}.".rpartition(f".{REFERENCE_ADAPTER}.")
+        policy_name_of_it = f"{before}.{policy_name}.{after}".strip(".")
+        if found and policy_name_of_it in parameters:
+            pairs[name] = (reference, parameters[policy_name_of_it])
     return pairs
 
 

@@ -59,7 +59,7 @@ class KLTrainer(GRPOTrainer):
 
     def __init__(self, *, model: Any, args: GRPOExtConfig, **kwargs: Any):
         if args.beta != 0.0 and isinstance(model, PeftModel):
-            check_adapter(model, args.sync_ref_model)
+            check_adapter(model, moves=args.sync_ref_model, needs_copy=True)
         # Of a model that has an adapter already, TRL makes a frozen copy to be the reference. It looks for an adapter
         # called "default", and fails for a model that has trained before, which has a copy. With `beta` at 0 it leaves
         # the reference to this package. TRL also refuses to move a reference under PEFT.
@@ -81,7 +81,8 @@ class KLTrainer(GRPOTrainer):
         if self._reference is None:
             let_copies_compute(language_model)
         self._loaded_from_path = isinstance(model, str)
-        self._start_is_checked = False
+        # `None` before the first batch
+        self._start_is_checked: bool | None = None
         self._own_logits = OwnLogits(self.accelerator, args.temperature, cast(int, self._tokenizer.pad_token_id))
 
     def _prepare_reference(self, continues: bool) -> CachedReference | None:
@@ -96,7 +97,9 @@ class KLTrainer(GRPOTrainer):
         if moves and self.is_fsdp_enabled and cast(Any, self.accelerator.state.fsdp_plugin).fsdp_version == 1:
             raise ValueError("sync_ref_model does not know the flat parameters of FSDP1. Use fsdp_version: 2.")
         if self.beta != 0.0 and isinstance(self.model, PeftModel):
-            check_adapter(self.model, moves)
+            # An adapter that TRL has just made of `peft_config`; one that came with the model is checked already
+            if not continues:
+                check_adapter(self.model, moves=moves, needs_copy=moves)
             prepare_adapter_reference(self.model, needs_copy=moves or continues)
         cached = None
         if self.args.kl_estimator == "exact":
@@ -139,9 +142,11 @@ class KLTrainer(GRPOTrainer):
     def _reference_parameters(self) -> dict[str, torch.Tensor]:
         """By name, the parameters of the reference that a checkpoint has to hold."""
         model = self._unwrapped(self.model)
-        if self.beta != 0.0 and isinstance(model, PeftModel):
+        # A callback may have set `beta` to 0 for a while
+        if self.args.beta != 0.0 and isinstance(model, PeftModel):
             return adapter_reference(model)
-        return dict(self._unwrapped(self.ref_model).named_parameters()) if self.args.sync_ref_model else {}
+        moves = self.args.sync_ref_model and self.ref_model is not None
+        return dict(self._unwrapped(self.ref_model).named_parameters()) if moves else {}
 
     def per_token_kl(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """
@@ -258,10 +263,12 @@ class KLTrainer(GRPOTrainer):
 
     def _check_start(self, output: Any, inputs: dict[str, Any]) -> None:
         """Raise or warn, once, if the policy differs from the reference before the first update."""
-        if self._start_is_checked or self._mode != "train":
+        if self._mode != "train":
             return
-        self._start_is_checked = True
-        if self.state.global_step > 0:
+        if self._start_is_checked is None:
+            # A resumed run's policy has moved
+            self._start_is_checked = self.state.global_step > 0
+        if self._start_is_checked:
             return
         logp_BT = completion_logps(output, inputs).detach()
         is_exact = self.args.kl_estimator == "exact"
@@ -269,12 +276,22 @@ class KLTrainer(GRPOTrainer):
         mask_BT = loss_mask(inputs)
         kl_BT = kl_estimate(logp_BT, ref_logp_BT, "k3").masked_fill(mask_BT == 0, 0.0)
         kl, tokens = total(self.accelerator, torch.stack([kl_BT.sum(), mask_BT.sum()]))
-        mean = kl / max(tokens, 1.0)
+        if tokens == 0:
+            # Nothing has moved the policy yet: the next batch shows it
+            return
+        self._start_is_checked = True
+        mean = kl / tokens
         model = self._unwrapped(self.model)
         dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else model.dtype
         if mean <= tolerance(dtype):
             return
-        message, is_mistake = explain_difference(mean, model, model.config, from_path=self._loaded_from_path)
+        message, is_mistake = explain_difference(
+            mean,
+            model,
+            model.config,
+            from_path=self._loaded_from_path,
+            neftune_noise_alpha=self.args.neftune_noise_alpha,
+        )
         if is_mistake:
             raise ValueError(message)
         logger.warning(message)
