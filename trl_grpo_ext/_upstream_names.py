@@ -120,6 +120,7 @@ _CONSTANTS: dict[str, set[Any]] = {
 _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
         *("beta", "bf16", "cast_lm_head_to_fp32", "fp16", "generation_kwargs", "gradient_checkpointing"),
+        "neftune_noise_alpha",
         *("gradient_checkpointing_kwargs", "hub_model_id", "importance_sampling_level", "loss_type"),
         *("mask_truncated_completions", "max_completion_length", "min_p", "model_init_kwargs"),
         *("multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold"),

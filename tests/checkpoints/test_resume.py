@@ -8,10 +8,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch.utils.data import RandomSampler
+from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from tests.checkpoints.runs import SETTINGS, STEPS, assert_same_run, make, seen, vowels
-from tests.support.adapters import LORA
+from tests.support.adapters import LORA, trained_adapter
 from tests.support.resume_worker import RecordingPrompts
 from tests.support.training import PROMPTS, make_trainer
 from trl_grpo_ext import GRPOExtTrainer
@@ -139,3 +140,78 @@ def test_a_reference_of_another_adapter_is_refused(run, tiny_model):
     trainer._resumed_from = run / "checkpoint-2"
     with pytest.raises(ValueError, match=r"another model: .*k_proj.*differ"):
         trainer._restore()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a resumed run must not change, and what a callback may
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_frozen_part_of_the_adapter_stays_frozen_after_a_resume(tiny_model, tmp_path, only_model):
+    def build(max_steps):
+        model = trained_adapter(tiny_model, LoraConfig(**LORA), tmp_path / "adapter")
+        for name, parameter in model.named_parameters():
+            if "v_proj" in name:
+                parameter.requires_grad_(False)
+        return make_trainer(
+            GRPOExtTrainer, model, vowels, tmp_path, beta=0.1, max_steps=max_steps, learning_rate=0.1,
+            optim="adamw_torch", save_strategy="steps", save_steps=1, save_only_model=only_model,
+        )  # fmt: skip
+
+    first = build(2)
+    first.train()
+    frozen = {name: value for name, value in first.model.state_dict().items() if "v_proj" in name}
+    trainer = build(3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [name for name, p in trainer.model.named_parameters() if p.requires_grad and "v_proj" in name] == []
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in frozen.items())
+
+
+class Schedule(TrainerCallback):
+    """Set an attribute of the trainer at the beginning of each step."""
+
+    def __init__(self, name, values):
+        self.name = name
+        self.values = values
+        self.trainer = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        setattr(self.trainer, self.name, self.values[state.global_step])
+
+
+def test_scheduled_weights_resume_amid_the_updates_on_a_batch(tiny_model, tmp_path):
+    def length(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def run(folder, resume):
+        schedule = Schedule("reward_weights", [torch.tensor([1.0, 0.2 * step]) for step in range(6)])
+        trainer = make_trainer(
+            GRPOExtTrainer, tiny_model, [vowels, length], folder, trainer_options={"callbacks": [schedule]},
+            max_steps=5, learning_rate=0.1, optim="adamw_torch", num_iterations=2, save_strategy="steps",
+            save_steps=1,
+        )  # fmt: skip
+        schedule.trainer = trainer
+        trainer.train(resume)
+        return trainer.model.state_dict()
+
+    whole = run(tmp_path / "whole", None)
+    resumed = run(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_a_run_whose_beta_a_callback_sets_to_0_saves_the_reference_that_had_moved(tiny_model, tmp_path, estimator):
+    schedule = Schedule("beta", [0.1, 0.1, 0.0, 0.0])
+    trainer = make(
+        "lora", tiny_model, tmp_path, callbacks=[schedule], max_steps=4, kl_estimator=estimator, num_iterations=1
+    )
+    schedule.trainer = trainer
+    trainer.train()
+    assert all((tmp_path / f"checkpoint-{step}" / REFERENCE_NAME).is_file() for step in (1, 4))
+    schedule = Schedule("beta", [0.1] * 6)
+    trainer = make(
+        "lora", tiny_model, tmp_path, callbacks=[schedule], max_steps=6, kl_estimator=estimator, num_iterations=1
+    )
+    schedule.trainer = trainer
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.log_history[-2]["kl"] > 0

@@ -48,13 +48,12 @@ def test_the_expected_gradient_with_the_ratio_is_that_of_the_exact_divergence(es
         assert value == pytest.approx(kl, rel=1e-10)
 
 
-def test_the_exact_kl_has_the_same_gradient_and_no_ratio():
+def test_the_exact_kl_has_the_same_gradient():
     kl, gradient = true_kl_and_gradient(POLICY_LOGITS, REFERENCE)
     logits = POLICY_LOGITS.clone().requires_grad_()
     actual = exact_divergence(logits, REFERENCE.log())
     assert actual.item() == pytest.approx(kl, rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(actual, logits)[0], gradient, rtol=1e-10, atol=1e-12)
-    assert weight_by_ratio(actual, torch.tensor(3.0), "exact") is actual
 
 
 def test_without_the_ratio_k1_has_no_gradient_and_k3_that_of_the_other_direction():
@@ -109,10 +108,10 @@ def test_k2_keeps_its_own_gradient_and_the_others_that_of_the_ratio():
     ("call", "message"),
     [
         (lambda x: kl_estimate(x, x[:1], "k3"), r"`ref_logp` must have shape \(2, 3\), got \(1, 3\)"),
-        (lambda x: kl_estimate(x, x, "k4"), "`estimator` must be one of"),
+        (lambda x: kl_estimate(x, x, "k4"), "estimator must be one of"),
         (lambda x: importance_ratio(x, x, x[:, :1], "token"), r"`mask_BT` must have shape \(2, 3\), got \(2, 1\)"),
         (lambda x: importance_ratio(x, x, x, "word"), "`level` must be"),
-        (lambda x: weight_by_ratio(x, x, "k4"), "`estimator` must be one of"),
+        (lambda x: weight_by_ratio(x, x, "k4"), "estimator must be one of"),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from peft import FourierFTConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, FourierFTConfig, LoraConfig, PeftModel, get_peft_model
 from trl import GRPOTrainer
 
 from tests.support.adapters import CONTINUED, LORA, answer_length, base, trained_adapter
@@ -176,3 +176,140 @@ def test_a_policy_that_is_not_its_reference_is_an_error_or_said_once(tiny_model,
         layer.self_attn.attention_dropout = 0.5
     (message,) = train(with_dropout, "dropout")
     assert "attention_dropout=0.5" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter "ref": whose it is, and what it is a copy of
+
+
+def kls(trainer):
+    return [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+
+
+def adapters(folder, **configs):
+    """A model with adapters of these names, the last one active."""
+    model = base(folder)
+    for name, config in configs.items():
+        model = model if isinstance(model, PeftModel) else get_peft_model(model, config, adapter_name=name)
+        if name not in model.peft_config:
+            model.add_adapter(name, config)
+        model.set_adapter(name)
+    return model
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ref"], "the adapter that is trained is called 'ref', .* Load it under another name"),
+        (["ref", "default"], "an adapter called 'ref' that this package has not made"),
+    ],
+)
+def test_an_adapter_of_the_users_is_never_the_reference(tiny_model, tmp_path, names, message, estimator):
+    model = adapters(tiny_model, **{name: LoraConfig(**LORA) for name in names})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, beta=0.1, kl_estimator=estimator)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, beta=0.0)
+
+
+SECOND = {
+    "larger scale": {"lora_alpha": 64},
+    "other rank": {"r": 2},
+    "other layers": {"target_modules": ["down_proj"]},
+    "fewer layers": {"target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("changed", SECOND.values(), ids=SECOND)
+def test_the_reference_of_a_second_stage_is_a_copy_of_its_own_adapter(tiny_model, tmp_path, changed):
+    options = {"beta": 0.1, "kl_estimator": "exact", "max_steps": 5, "learning_rate": 0.5}
+    model = adapters(tiny_model, first=LoraConfig(**LORA))
+    make_trainer(GRPOExtTrainer, model, answer_length, tmp_path / "first", **options).train()
+    model.add_adapter("second", LoraConfig(**{**LORA, **changed}))
+    model.set_adapter("second")
+    moves = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
+    trainer = make_trainer(GRPOExtTrainer, model, answer_length, tmp_path / "second", **options, **moves)
+    assert model.active_adapters == ["second"]
+    trainer.train()
+    found = kls(trainer)
+    # The reference is the policy at the start, and again after each copy
+    assert [abs(found[step]) < 1e-8 for step in (0, 2, 4)] == [True] * 3
+    assert min(found[1], found[3]) > 1e-8
+
+
+@pytest.mark.parametrize("name", ["model", "1", "mlp"])
+def test_an_adapter_may_have_the_name_of_a_module(tiny_model, tmp_path, name):
+    model = adapters(tiny_model, **{name: LoraConfig(**LORA)})
+    options = {"beta": 0.1, "kl_estimator": "exact", "max_steps": 2, "learning_rate": 0.5}
+    trainer = make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, **options)
+    trainer.train()
+    before, after = kls(trainer)
+    assert abs(before) < 1e-8 < after
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_a_weight_that_trains_outside_the_adapter_is_refused(tiny_model, tmp_path, estimator):
+    model = adapters(tiny_model, default=LoraConfig(**LORA))
+    model.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)
+    with pytest.raises(ValueError, match="'base_model.model.model.norm.weight' trains and belongs to no adapter"):
+        make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, beta=0.1, kl_estimator=estimator)
+    make_trainer(GRPOExtTrainer, model, answer_length, tmp_path, beta=0.0)
+
+
+def test_a_given_adalora_is_refused_with_the_way_out(tiny_model, tmp_path):
+    config = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="ADALORA allows one adapter that trains.*peft_config=AdaLoraConfig"):
+        make_trainer(GRPOExtTrainer, adapters(tiny_model, default=config), answer_length, tmp_path, beta=0.1)
+    make_trainer(
+        GRPOExtTrainer, tiny_model, answer_length, tmp_path, trainer_options={"peft_config": config}, beta=0.1
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+@pytest.mark.parametrize("adapter", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+def test_noise_on_the_embeddings_is_named_and_trained_with(tiny_model, tmp_path, caplog, adapter, estimator):
+    logging.getLogger("transformers").propagate = True
+    options = {"beta": 0.1, "kl_estimator": estimator, "max_steps": 1, "neftune_noise_alpha": 5.0}
+    trainer_options = {"peft_config": adapter}
+    with caplog.at_level(logging.WARNING):
+        make_trainer(
+            GRPOExtTrainer, tiny_model, answer_length, tmp_path, trainer_options=trainer_options, **options
+        ).train()
+    (message,) = [text for text in caplog.messages if "Before the first update" in text]
+    assert "neftune_noise_alpha=5.0" in message
+
+
+def test_the_start_is_looked_at_in_the_first_batch_with_loss_tokens(tiny_model, tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    masks = iter([True, False, False])
+
+    class FirstMasked(GRPOExtTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            if next(masks):
+                output["completion_mask"] = torch.zeros_like(output["completion_mask"])
+            return output
+
+    options = {"beta": 0.1, "kl_estimator": "k3", "max_steps": 3}
+    with caplog.at_level(logging.WARNING):
+        make_trainer(FirstMasked, moved_policy(tiny_model), answer_length, tmp_path, **options).train()
+    assert len([text for text in caplog.messages if "Before the first update" in text]) == 1
+
+
+def test_two_trainers_of_one_model_have_a_reference_and_a_divergence_each(tiny_model, tmp_path):
+    options = {"beta": 0.1, "kl_estimator": "exact", "max_steps": 3, "learning_rate": 0.1}
+
+    def train(with_another):
+        model = base(tiny_model)
+        torch.manual_seed(0)
+        trainer = make_trainer(GRPOExtTrainer, model, answer_length, tmp_path / "one", **options)
+        if with_another:
+            make_trainer(GRPOExtTrainer, model, answer_length, tmp_path / "two", kl_direction="forward", **options)
+            gc.collect()
+        trainer.train()
+        return kls(trainer)
+
+    alone = train(with_another=False)
+    assert alone[2] > 1e-4 and train(with_another=True) == alone

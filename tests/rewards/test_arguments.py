@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from tests.support.training import PROMPTS, fixed_completions, make_trainer, scored_batch
 from trl_grpo_ext import GRPOExtTrainer, RemoteOutcomeRewardModel, step_reward
-from trl_grpo_ext.rewards.arguments import check_columns, check_source_columns
+from trl_grpo_ext.rewards.arguments import check_columns, check_parameters, check_source_columns
 
 
 DATA = Dataset.from_dict({"prompt": ["p"], "answer": ["4"]})
@@ -39,9 +39,6 @@ def test_columns_that_are_there_are_found(source):
     [
         (step_reward(lambda steps, answr: []), "needs the column 'answr', which eval_dataset lacks; it has: prompt"),
         (RemoteOutcomeRewardModel("http://127.0.0.1:1", label_column="gold"), "needs the column 'gold'"),
-        (lambda completions, answr: [], "has a parameter 'answr', which is no column of the dataset"),
-        (lambda problem, answer: [], "has a parameter 'problem', .* decorate it with @step_reward"),
-        (lambda steps, **columns: [], "has a parameter 'steps', .* decorate it with @step_reward"),
     ],
 )  # fmt: skip
 def test_a_column_that_is_missing_is_named(source, message):
@@ -49,6 +46,21 @@ def test_a_column_that_is_missing_is_named(source, message):
     unknown.set_transform(lambda rows: {"prompt": rows["prompt"], "answr": rows["prompt"]})
     with pytest.raises(TypeError, match=f"reward source 'judge' {message}"):
         check_source_columns([source], ["judge"], {"train_dataset": unknown, "eval_dataset": {"one": DATA}})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda completions, answr: [], "has a parameter 'answr', which is no column of the dataset"),
+        (lambda problem, answer: [], "has a parameter 'problem', .* decorate it with @step_reward"),
+        (lambda steps, **columns: [], "has a parameter 'steps', .* decorate it with @step_reward"),
+    ],
+)
+def test_a_parameter_that_a_function_is_not_given_is_named_at_its_call(source, message):
+    # A subclass may add columns, so that only the call shows it
+    check_source_columns([source], ["judge"], {"train_dataset": DATA})
+    with pytest.raises(TypeError, match=f"reward source 'judge' {message}"):
+        check_parameters(source, ["completions", "answer"], "reward source 'judge'")
 
 
 def test_the_columns_of_a_transform_are_not_known():

@@ -340,3 +340,21 @@ def test_what_is_logged_beside_trls_is_what_can_vary(tiny_model, tmp_path):
     added |= {"kl", "kl_loss", "kl/k1", "kl/k3", "kl/second_pass_share"}
     found = keys(GRPOExtTrainer, supervision="process", beta=0.1, kl_estimator="exact")
     assert found - of_trl == by_default | added
+
+
+class Negated(GRPOExtTrainer):
+    def _calculate_rewards(self, *args):
+        return -super()._calculate_rewards(*args)
+
+
+@pytest.mark.parametrize("eps", [1e-4, 0.1])
+def test_rewards_that_a_subclass_changes_are_those_of_outcome_supervision(tiny_model, tmp_path, eps):
+    own = scored_batch(trainer_of(GRPOExtTrainer, tiny_model, tmp_path / "own", advantage_eps=eps), len(LENGTHS))
+    changed = scored_batch(trainer_of(Negated, tiny_model, tmp_path / "changed", advantage_eps=eps), len(LENGTHS))
+    assert own["advantages"].abs().max() > 0.1
+    torch.testing.assert_close(changed["advantages"], -own["advantages"])
+
+
+def test_rewards_that_a_subclass_changes_are_refused_under_process_supervision(tiny_model, tmp_path):
+    with pytest.raises(RuntimeError, match="Negated._calculate_rewards changes .* override compute_advantages"):
+        scored_batch(trainer_of(Negated, tiny_model, tmp_path, supervision="process"), len(LENGTHS))

@@ -9,6 +9,8 @@ the exact sum over the vocabulary too ([`~trl_grpo_ext.kl.divergences.exact_dive
 
 import torch
 
+from ..tables import check_choice
+
 
 SAMPLED_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -51,15 +53,14 @@ def kl_estimate(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str) -> t
     """
     if logp.shape != ref_logp.shape:
         raise ValueError(f"`ref_logp` must have shape {tuple(logp.shape)}, got {tuple(ref_logp.shape)}")
+    check_choice("estimator", estimator, SAMPLED_ESTIMATORS)
     log_ratio = logp - ref_logp
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
         return log_ratio.square() / 2
-    if estimator == "k3":
-        # exp(-l) - 1 by itself would round a small l away
-        return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"`estimator` must be one of {SAMPLED_ESTIMATORS}, got {estimator!r}")
+    # exp(-l) - 1 by itself would round a small l away
+    return torch.expm1(-log_ratio) + log_ratio
 
 
 def weight_by_ratio(kl: torch.Tensor, ratio: torch.Tensor, estimator: str) -> torch.Tensor:
@@ -70,20 +71,19 @@ def weight_by_ratio(kl: torch.Tensor, ratio: torch.Tensor, estimator: str) -> to
 
         k1, k3:  ratio * estimate
         k2:      sg[ratio] * estimate
-        exact:   unchanged
 
     For tokens of any sampling policy that can sample every token, `ratio * k1` and `ratio * k3` also have the right
     mean. Their gradient is right because the ratio is differentiated (DeepSeek-V3.2, arXiv 2512.02556; TRL's
     `use_bias_correction_kl`). k2 has the right gradient by itself, so its ratio is held constant. The exact KL has no
-    sampled token. With a sequence's ratio, no estimate is right off policy.
+    sampled token, and is not corrected. With a sequence's ratio, no estimate is right off policy.
 
     Args:
         kl (`torch.Tensor` of shape `(B, T)`):
-            Estimates, or the exact KL.
+            Estimates.
         ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
             From [`~trl_grpo_ext.loss.importance_ratio`].
         estimator (`str`):
-            `"k1"`, `"k2"`, `"k3"` or `"exact"`.
+            `"k1"`, `"k2"` or `"k3"`.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`: values for the loss.
@@ -91,9 +91,6 @@ def weight_by_ratio(kl: torch.Tensor, ratio: torch.Tensor, estimator: str) -> to
     Raises:
         ValueError: the estimator is unknown.
     """
-    if estimator == "exact":
-        return kl
-    if estimator not in SAMPLED_ESTIMATORS:
-        raise ValueError(f'`estimator` must be one of {SAMPLED_ESTIMATORS} or "exact", got {estimator!r}')
+    check_choice("estimator", estimator, SAMPLED_ESTIMATORS)
     # k2's gradient is right already: a differentiated ratio would add to it
     return kl * (ratio.detach() if estimator == "k2" else ratio)

@@ -77,8 +77,8 @@ class KLTrainer(GRPOTrainer):
         if self._sequence_token:
             # TRL's loss is the token-level one; the ratio's value comes in through the old log-probs
             self.importance_sampling_level = "token"
-        self._reference = self._prepare_reference(continues)
-        if self._reference is None:
+        self._exact_kl = self._prepare_reference(continues)
+        if self._exact_kl is None:
             let_copies_compute(language_model)
         self._loaded_from_path = isinstance(model, str)
         # `None` before the first batch
@@ -131,7 +131,7 @@ class KLTrainer(GRPOTrainer):
 
     def _follow_reference(self) -> None:
         """Compare with the `ref_model` of now, which a callback may have set, as TRL does."""
-        reference = self._reference
+        reference = self._exact_kl
         if reference is not None and self.beta != 0.0 and reference.ref_model is not self.ref_model:
             reference.use(self.ref_model)
             self._drop_hidden_states()
@@ -191,8 +191,8 @@ class KLTrainer(GRPOTrainer):
         may_change = not (self.args.uses_trl_kl or torch.is_grad_enabled())
         if may_change and is_reference(model, self.ref_model, self._unwrapped(self.model)):
             mode = evaluation_mode(model)
-            if self._reference is not None:
-                forward = self._reference.hidden_state_forward(model, logits_to_keep)
+            if self._exact_kl is not None:
+                forward = self._exact_kl.hidden_state_forward(model, logits_to_keep)
         with mode:
             return super()._get_per_token_logps_and_entropies(
                 forward, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -204,7 +204,7 @@ class KLTrainer(GRPOTrainer):
         with keep_requires_grad(cast(nn.Module, self.model)):
             output = super()._generate_and_score_completions(inputs)
         # A callback may have set `beta` to 0, and then TRL runs no reference
-        if self._reference is not None and self.beta != 0.0:
+        if self._exact_kl is not None and self.beta != 0.0:
             output["ref_hidden_states"] = take_hidden_states(output)
             self._own_logits.check(self.model, output, super()._get_per_token_logps_and_entropies)
         return output
@@ -215,9 +215,9 @@ class KLTrainer(GRPOTrainer):
         outputs: list[Any] = []
         policy_forward = model
         # With `beta` at 0 for the sake of the routers' loss, which TRL cannot make of all families
-        if self._reference is not None and (self.beta != 0.0 or self.aux_loss_enabled):
+        if self._exact_kl is not None and (self.beta != 0.0 or self.aux_loss_enabled):
             predicted_gradient = self._predicted_gradient(inputs)
-            policy_forward = self._reference.policy_forward(model, inputs, predicted_gradient=predicted_gradient)
+            policy_forward = self._exact_kl.policy_forward(model, inputs, predicted_gradient=predicted_gradient)
 
         # TRL's loss does nothing with its `model` but call it
         def observed_forward(**kwargs: Any) -> Any:
@@ -373,8 +373,8 @@ class KLTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the share of tokens that took the exact KL's second pass since the last log of training."""
-        if self._reference is not None and self._mode == "train":
-            counts = torch.tensor(self._reference.second_pass.take(), device=self.accelerator.device)
+        if self._exact_kl is not None and self._mode == "train":
+            counts = torch.tensor(self._exact_kl.second_pass.take(), device=self.accelerator.device)
             second_pass_tokens, tokens = total(self.accelerator, counts)
             if tokens:
                 self._record({"kl/second_pass_share": second_pass_tokens / tokens})

@@ -6,7 +6,6 @@ from inspect import Parameter
 from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset, IterableDataset
-from torch import nn
 
 
 # What TRL passes to reward functions beside the data set's columns
@@ -101,8 +100,6 @@ def check_source_columns(sources: Sequence[Any], names: Sequence[str], datasets:
                 raise TypeError(
                     f"{where} needs the column {missing[0]!r}, which {argument} lacks; it has: {', '.join(columns)}."
                 )
-            if not isinstance(source, nn.Module):
-                check_parameters(source, [*columns, *_RESERVED_COLUMNS], where)
 
 
 def check_columns(datasets: Mapping[str, Any], needs_prompt: bool) -> None:
