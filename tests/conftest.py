@@ -42,6 +42,13 @@ def two_processes(request, models_of_parts, tmp_path_factory):
     return TwoProcesses.started(request.param, models_of_parts, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _package_metadata():
+    from tests.support.package_metadata import read_package_metadata_once
+
+    read_package_metadata_once()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     import torch

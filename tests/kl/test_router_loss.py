@@ -54,6 +54,7 @@ SETTINGS = {
             **TEXT,
             **LATENT,
             **{"num_key_value_heads": 4, "n_routed_experts": 4, "mlp_layer_types": ["sparse", "sparse"]},
+            **{"linear_num_heads": 4, "linear_head_dim": 8},
         }
     },
     "MiniMaxM3SparseForConditionalGeneration": {"text_config": {**TEXT, "num_local_experts": 4}},

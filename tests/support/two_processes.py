@@ -19,6 +19,7 @@ import torch
 
 from tests.support import distributed_worker, resume_worker, reward_model_worker
 from tests.support.launching import LAUNCHERS, launch
+from tests.support.package_metadata import read_package_metadata_once
 
 
 PARTS = {"training": distributed_worker, "resuming": resume_worker, "reward_models": reward_model_worker}
@@ -69,7 +70,8 @@ def save_models(folder: Path) -> None:
 
 def run_parts(models: Path, output: Path, sharding: str, environments: list[dict[str, str]]) -> None:
     """Run the parts one after the other, each in one new process for each of the environments."""
-    # Before the forks, so that it is imported once
+    # Before the forks, so that it is read and imported once
+    read_package_metadata_once()
     if sharding.startswith("zero"):
         importlib.import_module("deepspeed")
     for part in [name for name in PARTS if sharding in SHARDINGS[name]]:
