@@ -116,6 +116,9 @@ def check_values(name: str, values_NT: Any, counted_NT: torch.Tensor) -> None:
             f"{name} returned shape {tuple(values_NT.shape)}; it has to be (completions, tokens), "
             f"{tuple(counted_NT.shape)}."
         )
+    # One sum, which NaN and infinity go through; which completion it was is asked only then
+    if values_NT.where(counted_NT, 0.0).sum().isfinite():
+        return
     bad_N = (~values_NT.isfinite() & counted_NT).any(1)
     if bad_N.any():
         completion = int(bad_N.nonzero()[0, 0])
