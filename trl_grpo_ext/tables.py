@@ -14,6 +14,28 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
+def import_by_path(what: str, path: str) -> Any:
+    """
+    What an import path `module:name` leads to.
+
+    Args:
+        what (`str`):
+            Names it in the error.
+        path (`str`):
+            The import path.
+
+    Raises:
+        ValueError: the path leads nowhere.
+    """
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{what} cannot be imported ({type(error).__name__}: {error}). Its module must be installed, in the "
+            "working directory or on PYTHONPATH."
+        ) from error
+
+
 def find_row(name: str, value: Any, table: Mapping[str, Row], row_type: type[Row]) -> Row:
     """
     The row that a setting means.
@@ -34,10 +56,7 @@ def find_row(name: str, value: Any, table: Mapping[str, Row], row_type: type[Row
     """
     row = value
     if isinstance(value, str) and ":" in value:
-        try:
-            row = pkgutil.resolve_name(value)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{name}={value!r} cannot be imported: {error}") from error
+        row = import_by_path(f"{name}={value!r}", value)
     elif not isinstance(value, row_type):
         check_choice(name, value, tuple(table))
         row = table[value]

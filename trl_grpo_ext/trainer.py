@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -44,6 +44,29 @@ from .rewards.step_warnings import StepWarnings
 
 
 logger = logging.get_logger(__name__)
+
+
+class _Scored(NamedTuple):
+    """
+    What `_calculate_rewards` leaves of a batch.
+
+    Args:
+        sources (`list` of length K):
+            The wrapped sources, which hold the rewards of tokens and steps.
+        scores_NK (`torch.Tensor` of shape `(N, K)`):
+            One number per completion and source, NaN where there is none.
+        withheld_NK (`torch.Tensor` of shape `(N, K)`, bool):
+            Where a gate keeps it from counting.
+    """
+
+    sources: list[Any]
+    scores_NK: torch.Tensor
+    withheld_NK: torch.Tensor
+
+    @property
+    def counted_NK(self) -> torch.Tensor:
+        """The scores with NaN in place of what is withheld, as TRL is to see them."""
+        return self.scores_NK.masked_fill(self.withheld_NK, torch.nan)
 
 
 class GRPOExtTrainer(ModelCardTrainer):
@@ -112,7 +135,8 @@ class GRPOExtTrainer(ModelCardTrainer):
         args.has_its_trainer = True
         _check_loss_bodies(type(self), args)
         self._needs_prompt = environment_factory is None
-        check_columns({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, self._needs_prompt)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        check_columns(datasets, self._needs_prompt)
         super().__init__(
             model=model,
             reward_funcs=_open_sources(reward_funcs, args),
@@ -137,13 +161,12 @@ class GRPOExtTrainer(ModelCardTrainer):
         self._gates = gate_indices(args.outcome_gate or [NO_GATE] * len(self.reward_funcs), self.reward_func_names)
         # A rollout function may bring more columns
         if rollout_func is None:
-            datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             check_source_columns(self.reward_funcs, self.reward_func_names, datasets)
         self._prepare_sources()
         # A `reduce` that does not exist is known now
         self._wrap_sources()
-        # Of the batch that is being scored: the wrapped sources, and one number per completion and source
-        self._scored_sources: tuple[list[Any], torch.Tensor] | None = None
+        # Of the batch that is being scored
+        self._scored: _Scored | None = None
         self._first_completion = ""
         self._step_warnings = StepWarnings(args.supervision == "outcome")
 
@@ -210,9 +233,9 @@ class GRPOExtTrainer(ModelCardTrainer):
             if isinstance(source, nn.Module):
                 name = self.reward_func_names[k]
                 scores_NK[:, k] = parse_model_scores(scores_NK[:, k], name, self._transforms[k], is_outcome)
-        self._scored_sources = (sources, scores_NK)
+        self._scored = _Scored(sources, scores_NK, withheld_rewards(scores_NK, self._gates))
         self._first_completion = str(completions[0])
-        return scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
+        return self._scored.counted_NK
 
     def _follow_subclass(self, rewards_NK: torch.Tensor) -> None:
         """
@@ -221,10 +244,9 @@ class GRPOExtTrainer(ModelCardTrainer):
         Raises:
             RuntimeError: under process supervision, where the rewards of tokens are trained on.
         """
-        if self._scored_sources is None:
+        if self._scored is None:
             return
-        sources, scores_NK = self._scored_sources
-        counted_NK = scores_NK.masked_fill(withheld_rewards(scores_NK, self._gates), torch.nan)
+        counted_NK = self._scored.counted_NK
         if ((rewards_NK == counted_NK) | (rewards_NK.isnan() & counted_NK.isnan())).all():
             return
         if self.args.supervision == "process":
@@ -233,7 +255,7 @@ class GRPOExtTrainer(ModelCardTrainer):
                 "number for each completion, and supervision='process' trains on the rewards of tokens. Change the "
                 "reward function, or override compute_advantages(batch), whose batch has them."
             )
-        self._scored_sources = (sources, rewards_NK)
+        self._scored = _Scored(self._scored.sources, rewards_NK, withheld_rewards(rewards_NK, self._gates))
 
     def _warn_of_steps(self, sources: list[Any], counts_K: list[StepCounts], completions: int) -> None:
         """Say once, by name, where the steps of a source look wrong; see [`StepWarnings`]."""
@@ -245,8 +267,8 @@ class GRPOExtTrainer(ModelCardTrainer):
 
     def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
         """What all processes' completions earn, from the rewards that TRL has just collected."""
-        assert self._scored_sources is not None
-        sources, scores_NK = self._scored_sources
+        assert self._scored is not None
+        sources, scores_NK, withheld_NK = self._scored
         if self.args.supervision == "process":
             rewards_KNT, mask_NT, masked_K = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
         else:
@@ -256,7 +278,7 @@ class GRPOExtTrainer(ModelCardTrainer):
         return ScoredBatch(
             names=self.reward_func_names,
             rewards_KNT=rewards_KNT,
-            withheld_NK=withheld_rewards(scores_NK, self._gates),
+            withheld_NK=withheld_NK,
             mask_NT=mask_NT,
             steps_K=[counts.steps for counts in counts_K],
             unscored_K=[counts.unscored for counts in counts_K],
@@ -361,11 +383,11 @@ class GRPOExtTrainer(ModelCardTrainer):
         with swapped(self, _calculate_rewards=observed_rewards):
             output = super()._generate_and_score_completions(inputs)
         mask_BT = loss_mask(output)
-        if self._scored_sources is None:
+        if self._scored is None:
             self._require_super()
         else:
             self._use_rewards(output, self._scored_batch(mask_BT), mask_BT)
-            self._scored_sources = None
+            self._scored = None
         self._log_advantages(output["advantages"], mask_BT)
         return output
 

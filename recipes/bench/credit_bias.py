@@ -319,9 +319,8 @@ def returns(process: Process, all_: Listed, gamma: float, gamma_unit: str) -> to
     return summed
 
 
-def policy_gradient(process: Process, gamma: float, gamma_unit: str) -> torch.Tensor:
+def policy_gradient(process: Process, all_: Listed, gamma: float, gamma_unit: str) -> torch.Tensor:
     """`sum P sum_t R_t grad log pi_t`, `(D,)`."""
-    all_ = listed(process)
     returns_NT = returns(process, all_, gamma, gamma_unit)
     return torch.einsum("n,nt,ntd->d", all_.probabilities_N, returns_NT, all_.scores_NTD)
 
@@ -457,7 +456,7 @@ class Certificate(NamedTuple):
 def certify(process: Process, setting: Setting) -> Certificate:
     """Compare an estimator's expected update with the policy gradient."""
     all_ = listed(process)
-    gradient_D = policy_gradient(process, setting.gamma, setting.gamma_unit)
+    gradient_D = policy_gradient(process, all_, setting.gamma, setting.gamma_unit)
     if setting.is_of_batch:
         index_MG, weights_M = groups(all_.probabilities_N, 2)
         pairs = list(itertools.combinations_with_replacement(range(len(index_MG)), 2))

@@ -8,13 +8,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch.utils.data import RandomSampler
-from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from tests.checkpoints.runs import SETTINGS, STEPS, assert_same_run, make, seen, vowels
 from tests.support.adapters import LORA, trained_adapter
 from tests.support.resume_worker import RecordingPrompts
-from tests.support.training import PROMPTS, make_trainer
+from tests.support.training import PROMPTS, SetAttribute, make_trainer
 from trl_grpo_ext import GRPOExtTrainer
 from trl_grpo_ext.checkpoints.reference import REFERENCE_NAME
 from trl_grpo_ext.checkpoints.trainer import skip_epochs
@@ -167,24 +166,12 @@ def test_a_frozen_part_of_the_adapter_stays_frozen_after_a_resume(tiny_model, tm
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in frozen.items())
 
 
-class Schedule(TrainerCallback):
-    """Set an attribute of the trainer at the beginning of each step."""
-
-    def __init__(self, name, values):
-        self.name = name
-        self.values = values
-        self.trainer = None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        setattr(self.trainer, self.name, self.values[state.global_step])
-
-
 def test_scheduled_weights_resume_amid_the_updates_on_a_batch(tiny_model, tmp_path):
     def length(completion_ids, **columns):
         return [float(len(ids)) for ids in completion_ids]
 
     def run(folder, resume):
-        schedule = Schedule("reward_weights", [torch.tensor([1.0, 0.2 * step]) for step in range(6)])
+        schedule = SetAttribute("reward_weights", {step: torch.tensor([1.0, 0.2 * step]) for step in range(6)})
         trainer = make_trainer(
             GRPOExtTrainer, tiny_model, [vowels, length], folder, trainer_options={"callbacks": [schedule]},
             max_steps=5, learning_rate=0.1, optim="adamw_torch", num_iterations=2, save_strategy="steps",
@@ -201,14 +188,14 @@ def test_scheduled_weights_resume_amid_the_updates_on_a_batch(tiny_model, tmp_pa
 
 @pytest.mark.parametrize("estimator", ["k3", "exact"])
 def test_a_run_whose_beta_a_callback_sets_to_0_saves_the_reference_that_had_moved(tiny_model, tmp_path, estimator):
-    schedule = Schedule("beta", [0.1, 0.1, 0.0, 0.0])
+    schedule = SetAttribute("beta", {2: 0.0})
     trainer = make(
         "lora", tiny_model, tmp_path, callbacks=[schedule], max_steps=4, kl_estimator=estimator, num_iterations=1
     )
     schedule.trainer = trainer
     trainer.train()
     assert all((tmp_path / f"checkpoint-{step}" / REFERENCE_NAME).is_file() for step in (1, 4))
-    schedule = Schedule("beta", [0.1] * 6)
+    schedule = SetAttribute("beta", {})
     trainer = make(
         "lora", tiny_model, tmp_path, callbacks=[schedule], max_steps=6, kl_estimator=estimator, num_iterations=1
     )

@@ -18,7 +18,7 @@ from transformers import (
 
 from tests.kl.dense import TEMPERATURE, dense_logps, mean_dense_kl
 from tests.support.tiny_models import save_tiny_model
-from tests.support.training import fixed_completions, make_trainer, moved_policy
+from tests.support.training import SetAttribute, fixed_completions, make_trainer, moved_policy
 from trl_grpo_ext import GRPOExtTrainer
 from trl_grpo_ext.kl.reference import evaluation_mode
 
@@ -112,19 +112,6 @@ def test_evaluation_mode_leaves_every_module_as_it_was():
 # Another model
 
 
-class Setter(TrainerCallback):
-    """After step `n`, `values[n]` is the trainer's attribute of a name."""
-
-    def __init__(self, name, values):
-        self.name = name
-        self.values = values
-        self.trainer = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.values:
-            setattr(self.trainer, self.name, self.values[state.global_step])
-
-
 def train_with(setter, model, folder, **config):
     trainer = trainer_of(GRPOExtTrainer, model, folder, [setter], learning_rate=0.0, **config)
     setter.trainer = trainer
@@ -141,7 +128,7 @@ def test_a_callback_may_replace_the_reference(tiny_model, tmp_path, lora, update
     near, far = moved_policy(tiny_model, 0.02).eval(), moved_policy(tiny_model, 0.1).eval()
     rows = fixed_completions(LENGTHS)
     adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if lora else None
-    setter = Setter("ref_model", {1: near, 2: far, 3: None if lora else near, 5: far})
+    setter = SetAttribute("ref_model", {1: near, 2: far, 3: None if lora else near, 5: far})
     kls = train_with(
         setter, moved_policy(tiny_model), tmp_path, peft_config=adapter, num_iterations=updates, max_steps=7
     )
@@ -161,10 +148,10 @@ def test_a_callback_may_take_the_kl_out_and_back_in(tiny_model, tmp_path, estima
     options = {"kl_estimator": estimator, "num_iterations": updates, "max_steps": 10}
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
-    setter = Setter("ref_model", {0: None})
+    setter = SetAttribute("beta", {})
     constant = train_with(setter, copy.deepcopy(model), tmp_path, **options)
     first, second = (2, 6) if estimator == "exact" else (4, 8)
-    kls = train_with(Setter("beta", {first: 0.0, second: 0.5}), model, tmp_path, **options)
+    kls = train_with(SetAttribute("beta", {first: 0.0, second: 0.5}), model, tmp_path, **options)
     assert kls[first:second] == [None] * (second - first)
     assert kls[:first] == pytest.approx(constant[:first], rel=1e-6, abs=1e-9)
     assert kls[second:] == pytest.approx(constant[second:], rel=1e-6, abs=1e-9)
@@ -196,4 +183,4 @@ def test_a_model_that_cannot_be_the_reference_is_refused(tiny_model, tmp_path, c
         "vocabulary": (larger, "policy's vocabulary has 46 tokens, and that of the reference.* 64"),
     }[case]
     with pytest.raises(ValueError, match=message):
-        train_with(Setter("ref_model", {1: reference}), tiny_model, tmp_path, max_steps=3)
+        train_with(SetAttribute("ref_model", {1: reference}), tiny_model, tmp_path, max_steps=3)

@@ -65,6 +65,19 @@ def fixed_completions(lengths: list[int], seed: int = 0, vocabulary: int = 45, *
     return FixedCompletions(prompts, [[*tokens(length - 1), EOS] for length in lengths], **options)
 
 
+class SetAttribute(TrainerCallback):
+    """After step `n`, and before the next one, `values[n]` becomes the trainer's attribute of a name."""
+
+    def __init__(self, name: str, values: dict[int, Any]):
+        self.name = name
+        self.values = values
+        self.trainer: Any = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in self.values:
+            setattr(self.trainer, self.name, self.values[state.global_step])
+
+
 class Recorder(TrainerCallback):
     """Weights at the beginning of every optimizer step, and the gradients that it is made from."""
 

@@ -190,9 +190,10 @@ class KLTrainer(GRPOTrainer):
         mode: AbstractContextManager[Any] = nullcontext()
         may_change = not (self.args.uses_trl_kl or torch.is_grad_enabled())
         if may_change and is_reference(model, self.ref_model, self._unwrapped(self.model)):
-            mode = evaluation_mode(model)
             if self._exact_kl is not None:
                 forward = self._exact_kl.hidden_state_forward(model, logits_to_keep)
+            else:
+                mode = evaluation_mode(model)
         with mode:
             return super()._get_per_token_logps_and_entropies(
                 forward, input_ids, attention_mask, logits_to_keep, *args, **kwargs

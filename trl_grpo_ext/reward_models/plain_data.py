@@ -1,12 +1,13 @@
 """Objects from plain data, such as YAML: a class by its name or its import path, and the arguments for it."""
 
-import pkgutil
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..tables import import_by_path
 
 
 # What plain data may hold, in the words of an error
@@ -103,13 +104,7 @@ def find_type(name: Any, base: type, known: Sequence[type], where: str) -> type:
                 "my_package.my_module:MyClass."
             )
         return found[0]
-    try:
-        found_type = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: type {name!r} cannot be imported ({type(error).__name__}: {error}). Its module must be "
-            "installed, in the working directory or on PYTHONPATH."
-        ) from error
+    found_type = import_by_path(f"{where}: type {name!r}", name)
     if not isinstance(found_type, type) or not issubclass(found_type, base):
         raise ValueError(f"{where}: type {name!r} is no subclass of {base.__module__}:{base.__name__}.")
     return found_type
