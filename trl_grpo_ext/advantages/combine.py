@@ -15,7 +15,7 @@ import torch
 
 from ..tables import check_choice
 from .estimators import Estimator, EstimatorInputs, find_estimator
-from .normalization import SCALES, completion_weights, pack_order, weighted_moments
+from .normalization import SCALES, Comparison, compare, completion_weights, pack_order
 from .returns import discounted_returns
 
 
@@ -78,8 +78,8 @@ def process_advantages(
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_choice("scale", scale, SCALES)
     row = find_estimator(estimator).with_options(options or {})
-    gammas = _gamma_per_source(gamma, len(weights_K))
-    sources = _Sources(rewards_KNT, mask_NT.bool(), weights_K.to(rewards_KNT), gammas, gamma_unit, group_size)
+    gammas = gamma_per_source(gamma, len(weights_K))
+    sources = Sources(rewards_KNT, mask_NT.bool(), weights_K.to(rewards_KNT), gammas, gamma_unit, group_size)
     sources = sources.without_weight_0()
     order_NT = pack_order(sources.mask_NT)
     sources = sources.packed(order_NT)
@@ -125,7 +125,7 @@ def check_values(name: str, values_NT: Any, counted_NT: torch.Tensor) -> None:
         raise ValueError(f"{name} returned a value that is not finite, for completion {completion} of the batch.")
 
 
-class _Sources(NamedTuple):
+class Sources(NamedTuple):
     """Reward sources over the same completions; any subset of them is again one."""
 
     rewards_KNT: torch.Tensor
@@ -140,7 +140,7 @@ class _Sources(NamedTuple):
         """True on tokens on which any source puts a reward."""
         return (~self.rewards_KNT.isnan()).any(0)
 
-    def without_weight_0(self) -> "_Sources":
+    def without_weight_0(self) -> "Sources":
         """The others; multiplying by 0 would still let a source judge completions and end steps."""
         kept = [k for k, weight in enumerate(self.weights_K.tolist()) if weight != 0]
         if len(kept) == len(self.gammas):
@@ -152,7 +152,7 @@ class _Sources(NamedTuple):
             gammas=[self.gammas[k] for k in kept],
         )
 
-    def packed(self, order_NT: torch.Tensor) -> "_Sources":
+    def packed(self, order_NT: torch.Tensor) -> "Sources":
         """The same with the loss tokens first in each row, and NaN on all other tokens."""
         # Adjacent loss tokens are neighbours: tool output between them neither discounts nor shifts a token index.
         # With NaN as the only mark of "no reward", no formula below can read a reward outside the mask
@@ -160,7 +160,7 @@ class _Sources(NamedTuple):
         rewards_KNT = self.rewards_KNT.gather(2, order_NT.expand_as(self.rewards_KNT))
         return self._replace(rewards_KNT=rewards_KNT.where(mask_NT, torch.nan), mask_NT=mask_NT)
 
-    def single(self, k: int) -> "_Sources":
+    def single(self, k: int) -> "Sources":
         """Source k alone, with weight 1."""
         return self._replace(
             rewards_KNT=self.rewards_KNT[k : k + 1],
@@ -178,7 +178,7 @@ class _Sources(NamedTuple):
         return discounted_returns(rewards_NT.nan_to_num(), self.gammas[k], step_ends_NT)
 
 
-def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: float) -> torch.Tensor:
+def _advantages_of_sum(sources: Sources, row: Estimator, *, scale: str, eps: float) -> torch.Tensor:
     """
     Add the weighted sources up, then normalise once.
 
@@ -208,7 +208,7 @@ def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: fl
     return sources.returns(normalize(summed_NT, given_NT).where(given_NT, torch.nan), 0)
 
 
-def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torch.Tensor:
+def _sum_of_advantages(sources: Sources, row: Estimator, *, eps: float) -> torch.Tensor:
     """
     Normalise each source by itself with its group's std, add them up weighted, then normalise over the batch.
 
@@ -220,15 +220,21 @@ def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torc
     """
     alone = [_advantages_of_sum(sources.single(k), row, scale="group", eps=eps) for k in range(len(sources.gammas))]
     summed_NT = sources.weighted_sum(torch.stack(alone))
-    # Tokens have weight 1 / L, so that a long completion counts no more than a short one
-    weights_NT = completion_weights(sources.mask_NT, sources.given_NT.any(1), summed_NT.dtype)
-    batch = weighted_moments(summed_NT, weights_NT, (0, 1))
+    batch = compare_with_batch(sources, summed_NT, eps=eps)
     # The mean is not 0 for completions of different lengths: the estimators centre with other weights than 1 / L.
     # TRL's step subtracts it from every completion, so groups without spread do not stay at 0
-    return ((summed_NT - batch.mean) / (batch.std + eps)).where(batch.has_spread & (weights_NT > 0), 0.0)
+    return ((summed_NT - batch.mean) / batch.divisor).where(batch.counted, 0.0)
 
 
-def _gamma_per_source(gamma: float | Sequence[float], num_sources: int) -> list[float]:
+def compare_with_batch(sources: Sources, summed_NT: torch.Tensor, *, eps: float) -> Comparison:
+    """What `"normalize_then_sum"` compares the sum of the sources' advantages with: mean and std over the batch."""
+    # Tokens have weight 1 / L, so that a long completion counts no more than a short one
+    weights_NT = completion_weights(sources.mask_NT, sources.given_NT.any(1), summed_NT.dtype)
+    return compare(summed_NT, weights_NT, (0, 1), scale="group", eps=eps)
+
+
+def gamma_per_source(gamma: float | Sequence[float], num_sources: int) -> list[float]:
+    """One discount for each source, of one for all or one each; `ValueError` if they are of another number."""
     gammas = [gamma] * num_sources if isinstance(gamma, (int, float)) else list(gamma)
     if len(gammas) != num_sources:
         raise ValueError(f"{len(gammas)} gammas for {num_sources} reward sources; give one for all, or one each.")

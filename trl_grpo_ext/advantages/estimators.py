@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..tables import check_choice, find_row
-from .normalization import completion_weights, grouped, mean_of_others, pack_order, standardize
+from .normalization import Comparison, compare, completion_weights, grouped, mean_of_others, pack_order, standardize
 
 
 STAGES = ("step_rewards", "returns")
@@ -136,14 +136,7 @@ def normalize_by_position(inputs: EstimatorInputs, *, position_baseline: str = "
 
     Reduces to TRL's advantages for one token per completion, and to RLOO with `"leave_one_out"` and `scale="none"`.
     """
-    counted_NT = inputs.judged_N[:, None].expand_as(inputs.mask_NT)
-    if position_baseline == "active":
-        counted_NT = counted_NT & inputs.mask_NT
-    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, counted_NT.to(inputs.values_NT))
-    baseline_PGT = mean_of_others(values_PGT, weights_PGT) if position_baseline == "leave_one_out" else None
-    return standardize(
-        values_PGT, weights_PGT, (1,), scale=inputs.scale, eps=inputs.eps, baseline=baseline_PGT
-    ).flatten(0, 1)
+    return _standardize(_by_position(inputs, position_baseline), inputs).flatten(0, 1)
 
 
 def normalize_pooled(inputs: EstimatorInputs) -> torch.Tensor:
@@ -157,12 +150,8 @@ def normalize_pooled(inputs: EstimatorInputs) -> torch.Tensor:
 
     Reduces to TRL's advantages for one reward per completion.
     """
-    given_NT = ~inputs.values_NT.isnan()
-    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT.nan_to_num(), given_NT.to(inputs.values_NT))
-    normalized_PGT = standardize(values_PGT, weights_PGT, (1, 2), scale=inputs.scale, eps=inputs.eps)
-    # The step rewards of a single completion do have spread
-    several_P = inputs.judged_N.view(-1, inputs.group_size).sum(1) > 1
-    return normalized_PGT.where(several_P[:, None, None], 0.0).flatten(0, 1)
+    normalized_PGT = _standardize(_all_together(inputs), inputs)
+    return normalized_PGT.where(_has_several_judged(inputs), 0.0).flatten(0, 1)
 
 
 def normalize_by_step(inputs: EstimatorInputs) -> torch.Tensor:
@@ -175,14 +164,8 @@ def normalize_by_step(inputs: EstimatorInputs) -> torch.Tensor:
 
     Reduces to TRL's advantages for one reward per completion.
     """
-    given_NT = ~inputs.values_NT.isnan()
-    # Column k holds each completion's k-th step reward. Completions have far fewer steps than tokens
-    most_steps = int(given_NT.sum(1).max())
-    order_NS = pack_order(given_NT)[:, :most_steps]
-    steps_NS = inputs.values_NT.gather(1, order_NS).nan_to_num()
-    has_step_NS = given_NT.gather(1, order_NS)
-    values_PGS, weights_PGS = grouped(inputs.group_size, steps_NS, has_step_NS.to(steps_NS))
-    normalized_PGS = standardize(values_PGS, weights_PGS, (1,), scale=inputs.scale, eps=inputs.eps)
+    order_NS = _step_order(inputs)
+    normalized_PGS = _standardize(_by_step(inputs, order_NS), inputs)
     return torch.zeros_like(inputs.values_NT).scatter(1, order_NS, normalized_PGS.flatten(0, 1))
 
 
@@ -200,14 +183,7 @@ def normalize_against_others(inputs: EstimatorInputs) -> torch.Tensor:
 
     Reduces to RLOO for outcome rewards at gamma = 1 and `scale="none"`.
     """
-    weights_NT = completion_weights(inputs.mask_NT, inputs.judged_N, inputs.values_NT.dtype)
-    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, weights_NT)
-    means_PG1 = (weights_PGT * values_PGT).sum(2, keepdim=True)
-    judged_PG1 = inputs.judged_N.view(-1, inputs.group_size, 1).to(means_PG1)
-    baseline_PG1 = mean_of_others(means_PG1, judged_PG1)
-    return standardize(
-        values_PGT, weights_PGT, (1, 2), scale=inputs.scale, eps=inputs.eps, baseline=baseline_PG1
-    ).flatten(0, 1)
+    return _standardize(_against_others(inputs), inputs).flatten(0, 1)
 
 
 def soft_minimum_rewards(rewards: torch.Tensor) -> torch.Tensor:
@@ -223,6 +199,139 @@ def soft_minimum_rewards(rewards: torch.Tensor) -> torch.Tensor:
     logits = (-rewards / SOFT_MINIMUM_TEMPERATURE).where(given, -torch.inf)
     # Without any reward the softmax is NaN, as is the result
     return (torch.softmax(logits, dim=-1) * rewards).where(given, torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared with what
+
+
+class _Compared(NamedTuple):
+    """
+    Values by group, and which of them are compared with each other.
+
+    Args:
+        values_PGT (`torch.Tensor` of shape `(P, G, T)`):
+            Rewards or returns.
+        weights_PGT (`torch.Tensor` of shape `(P, G, T)`):
+            What each counts in means and standard deviations.
+        group_dims (`tuple[int, ...]`):
+            Axes of the values that are compared with each other.
+        baseline (`torch.Tensor`, *optional*):
+            What is subtracted, if not the mean of these.
+    """
+
+    values_PGT: torch.Tensor
+    weights_PGT: torch.Tensor
+    group_dims: tuple[int, ...]
+    baseline: torch.Tensor | None = None
+
+
+def _standardize(compared: _Compared, inputs: EstimatorInputs) -> torch.Tensor:
+    values_PGT, weights_PGT, group_dims, baseline = compared
+    return standardize(values_PGT, weights_PGT, group_dims, scale=inputs.scale, eps=inputs.eps, baseline=baseline)
+
+
+def _compare(compared: _Compared, inputs: EstimatorInputs) -> Comparison:
+    """The statistics of [`_standardize`], `(N, T)` each."""
+    values_PGT, weights_PGT, group_dims, baseline = compared
+    found = compare(values_PGT, weights_PGT, group_dims, scale=inputs.scale, eps=inputs.eps, baseline=baseline)
+    return Comparison(*[statistic.expand_as(values_PGT).flatten(0, 1) for statistic in found])
+
+
+def _by_position(inputs: EstimatorInputs, position_baseline: str) -> _Compared:
+    counted_NT = inputs.judged_N[:, None].expand_as(inputs.mask_NT)
+    if position_baseline == "active":
+        counted_NT = counted_NT & inputs.mask_NT
+    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, counted_NT.to(inputs.values_NT))
+    baseline_PGT = mean_of_others(values_PGT, weights_PGT) if position_baseline == "leave_one_out" else None
+    return _Compared(values_PGT, weights_PGT, (1,), baseline_PGT)
+
+
+def _all_together(inputs: EstimatorInputs) -> _Compared:
+    given_NT = ~inputs.values_NT.isnan()
+    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT.nan_to_num(), given_NT.to(inputs.values_NT))
+    return _Compared(values_PGT, weights_PGT, (1, 2))
+
+
+def _has_several_judged(inputs: EstimatorInputs) -> torch.Tensor:
+    """Whether a group has anything to compare, `(P, 1, 1)`: the step rewards of a single completion do have spread."""
+    return (inputs.judged_N.view(-1, inputs.group_size).sum(1) > 1)[:, None, None]
+
+
+def _step_order(inputs: EstimatorInputs) -> torch.Tensor:
+    """The token of each completion's k-th step reward in column k. Completions have far fewer steps than tokens."""
+    given_NT = ~inputs.values_NT.isnan()
+    most_steps = int(given_NT.sum(1).max())
+    return pack_order(given_NT)[:, :most_steps]
+
+
+def _by_step(inputs: EstimatorInputs, order_NS: torch.Tensor) -> _Compared:
+    steps_NS = inputs.values_NT.gather(1, order_NS)
+    values_PGS, weights_PGS = grouped(inputs.group_size, steps_NS.nan_to_num(), (~steps_NS.isnan()).to(steps_NS))
+    return _Compared(values_PGS, weights_PGS, (1,))
+
+
+def _against_others(inputs: EstimatorInputs) -> _Compared:
+    weights_NT = completion_weights(inputs.mask_NT, inputs.judged_N, inputs.values_NT.dtype)
+    values_PGT, weights_PGT = grouped(inputs.group_size, inputs.values_NT, weights_NT)
+    means_PG1 = (weights_PGT * values_PGT).sum(2, keepdim=True)
+    judged_PG1 = inputs.judged_N.view(-1, inputs.group_size, 1).to(means_PG1)
+    return _Compared(values_PGT, weights_PGT, (1, 2), mean_of_others(means_PG1, judged_PG1))
+
+
+def compare_by_position(inputs: EstimatorInputs, *, position_baseline: str = "all") -> Comparison:
+    """The statistics of [`normalize_by_position`], `(N, T)` each."""
+    return _compare(_by_position(inputs, position_baseline), inputs)
+
+
+def compare_pooled(inputs: EstimatorInputs) -> Comparison:
+    """The statistics of [`normalize_pooled`], `(N, T)` each."""
+    found = _compare(_all_together(inputs), inputs)
+    several_NT = _has_several_judged(inputs).expand(-1, inputs.group_size, found.counted.size(1)).flatten(0, 1)
+    return found._replace(counted=found.counted & several_NT)
+
+
+def compare_by_step(inputs: EstimatorInputs) -> Comparison:
+    """The statistics of [`normalize_by_step`], `(N, T)` each; NaN, and not counted, on tokens that end no step."""
+    order_NS = _step_order(inputs)
+    mean_NS, std_NS, divisor_NS, counted_NS = _compare(_by_step(inputs, order_NS), inputs)
+
+    def on_tokens(values_NS: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(inputs.values_NT, torch.nan).scatter(1, order_NS, values_NS)
+
+    counted_NT = torch.zeros_like(inputs.mask_NT).scatter(1, order_NS, counted_NS)
+    return Comparison(on_tokens(mean_NS), on_tokens(std_NS), on_tokens(divisor_NS), counted_NT)
+
+
+def compare_against_others(inputs: EstimatorInputs) -> Comparison:
+    """The statistics of [`normalize_against_others`], `(N, T)` each."""
+    return _compare(_against_others(inputs), inputs)
+
+
+_COMPARISONS: dict[Callable[..., torch.Tensor], Callable[..., Comparison]] = {
+    normalize_by_position: compare_by_position,
+    normalize_pooled: compare_pooled,
+    normalize_by_step: compare_by_step,
+    normalize_against_others: compare_against_others,
+}
+
+
+def find_comparison(row: Estimator) -> Callable[[EstimatorInputs], Comparison] | None:
+    """
+    What an estimator compares values with, as a function of what it normalises; `None` for a function of the user's.
+
+    Args:
+        row ([`Estimator`]):
+            One whose options are bound, by [`~Estimator.with_options`].
+    """
+    bound = row.function
+    if not isinstance(bound, partial) or bound.func not in _COMPARISONS:
+        return None
+    return partial(_COMPARISONS[bound.func], **bound.keywords)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -21,6 +21,27 @@ class Moments(NamedTuple):
     has_spread: torch.Tensor
 
 
+class Comparison(NamedTuple):
+    """
+    What values are compared with: `(x - mean) / divisor` where they count, else 0. All of it broadcasts against x.
+
+    Args:
+        mean (`torch.Tensor`):
+            The baseline.
+        std (`torch.Tensor`):
+            The standard deviation that the scale names; with `"none"` the group's, which nothing is divided by.
+        divisor (`torch.Tensor`):
+            `std + eps`, or 1.
+        counted (`torch.Tensor`, bool):
+            False where the result is 0: the value does not count, or the compared values have no spread.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    divisor: torch.Tensor
+    counted: torch.Tensor
+
+
 def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int, ...]) -> Moments:
     r"""
     Weighted mean and standard deviation, in two passes.
@@ -45,7 +66,7 @@ def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int
     return Moments(mean, std, several & (std > tolerance))
 
 
-def standardize(
+def compare(
     values_PGT: torch.Tensor,
     weights_PGT: torch.Tensor,
     group_dims: tuple[int, ...],
@@ -53,11 +74,9 @@ def standardize(
     scale: str,
     eps: float,
     baseline: torch.Tensor | None = None,
-) -> torch.Tensor:
-    r"""
-    Values minus a baseline, over a standard deviation; 0 where the weight is 0 or the compared values have no spread.
-
-    `(x - baseline) / (std + eps)`
+) -> Comparison:
+    """
+    What [`standardize`] compares the values with.
 
     Args:
         values_PGT (`torch.Tensor` of shape `(P, G, T)`):
@@ -75,19 +94,45 @@ def standardize(
             Broadcasts against the values. By default the group's mean.
 
     Returns:
-        `torch.Tensor` of shape `(P, G, T)`.
+        [`Comparison`].
     """
     group = weighted_moments(values_PGT, weights_PGT, group_dims)
+    mean = group.mean if baseline is None else baseline
     has_spread = group.has_spread
-    centred_PGT = values_PGT - (group.mean if baseline is None else baseline)
-    if scale == "group":
-        centred_PGT = centred_PGT / (group.std + eps)
-    elif scale == "batch":
+    std = group.std
+    if scale == "batch":
         batch = weighted_moments(values_PGT, weights_PGT, (0, *group_dims))
         # Spread of one group above the rounding may be below it beside the larger values of the batch
         has_spread = has_spread & batch.has_spread
-        centred_PGT = centred_PGT / (batch.std + eps)
-    return centred_PGT.where(has_spread & (weights_PGT > 0), 0.0)
+        std = batch.std
+    divisor = torch.ones_like(std) if scale == "none" else std + eps
+    return Comparison(mean, std, divisor, has_spread & (weights_PGT > 0))
+
+
+def standardize(
+    values_PGT: torch.Tensor,
+    weights_PGT: torch.Tensor,
+    group_dims: tuple[int, ...],
+    *,
+    scale: str,
+    eps: float,
+    baseline: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    Values minus a baseline, over a standard deviation; 0 where the weight is 0 or the compared values have no spread.
+
+    `(x - baseline) / (std + eps)`
+
+    Takes the arguments of [`compare`].
+
+    Returns:
+        `torch.Tensor` of shape `(P, G, T)`.
+    """
+    compared = compare(values_PGT, weights_PGT, group_dims, scale=scale, eps=eps, baseline=baseline)
+    centred_PGT = values_PGT - compared.mean
+    if scale != "none":
+        centred_PGT = centred_PGT / compared.divisor
+    return centred_PGT.where(compared.counted, 0.0)
 
 
 def mean_of_others(values_PGT: torch.Tensor, weights_PGT: torch.Tensor) -> torch.Tensor:
