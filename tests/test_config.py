@@ -29,6 +29,7 @@ DEFAULTS = {
     "logits_memory_bytes": 256 * 2**20,
     "prompt_separator": None,
     "reward_batch_tokens": None,
+    "log_credit": 0,
 }
 COMMON = {"output_dir": "unused", "bf16": False, "use_cpu": True, "report_to": "none"}
 

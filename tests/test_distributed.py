@@ -61,6 +61,30 @@ def test_two_processes_equal_one_for_each_loss(two, one, case):
     assert_equal(two, one, case)
 
 
+@under("ddp")
+def test_two_processes_log_the_credit_that_one_logs(two, one):
+    expected = one["position"]["credit"]
+    # Two updates on the first batch, of which the first is recorded, and one on the second
+    assert [rows[0]["step"] for rows in expected] == [1, 3] and [len(rows) for rows in expected] == [8, 8]
+    # The second process is not the one that writes, and reads when it is done with the last step
+    found = two[1][0]["position"]["credit"]
+    assert_same_values(found, expected)
+
+
+def assert_same_values(found, expected):
+    """The same texts and numbers of tokens, and floats up to rounding, however deep."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same_values(*pair)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
+
+
 def assert_equal(two: tuple[str, list[dict]], one: dict, case: str) -> None:
     sharding, ranks = two
     one, ranks = one[case], [seen[case] for seen in ranks]

@@ -104,6 +104,7 @@ _CONSTANTS: dict[str, set[Any]] = {
     f"{_TRAINER}._generate_and_score_completions": {
         *("advantages", "completion_ids", "completion_mask", "importance_sampling_ratio", "num_items_in_batch"),
         *("old_per_token_logps", "ref_per_token_logps", "tool_mask"),
+        *("prompt_ids", "prompt_mask", "sampling_per_token_logps"),
         *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
         *("image_sizes", "image_position_ids", "token_type_ids", "mm_token_type_ids"),
         ADVANTAGE_EPS,
@@ -121,7 +122,8 @@ _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
         *("beta", "bf16", "cast_lm_head_to_fp32", "fp16", "generation_kwargs", "gradient_checkpointing"),
         "neftune_noise_alpha",
-        *("gradient_checkpointing_kwargs", "hub_model_id", "importance_sampling_level", "loss_type"),
+        *("gradient_accumulation_steps", "gradient_checkpointing_kwargs", "hub_model_id"),
+        *("importance_sampling_level", "logging_first_step", "logging_strategy", "loss_type"),
         *("mask_truncated_completions", "max_completion_length", "min_p", "model_init_kwargs"),
         *("multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold"),
         *("output_dir", "per_device_train_batch_size", "push_to_hub", "ref_model_mixup_alpha"),

@@ -81,6 +81,9 @@ class GRPOExtConfig(GRPOConfig):
         reward_batch_tokens (`int`, *optional*):
             Largest number of padded tokens in one forward of a reward model. By default the whole batch is one
             forward, as in TRL.
+        log_credit (`int`, *optional*, defaults to `0`):
+            Number of groups that are recorded at each logged step and evaluation, token by token, in
+            `output_dir/credit`. 0 records nothing. Columns: [`~trl_grpo_ext.credit.columns`].
 
     `importance_sampling_level` takes one more value, `"sequence_token"` (GSPO-token, arXiv 2507.18071 section 4.3):
     the value of the sequence's ratio with the gradient of the token's, which keeps per-token advantages.
@@ -155,6 +158,10 @@ class GRPOExtConfig(GRPOConfig):
     reward_batch_tokens: int | None = field(
         default=None,
         metadata={"help": "Largest number of padded tokens in one forward of a reward model. Default: no bound."},
+    )
+    log_credit: int = field(
+        default=0,
+        metadata={"help": "Groups recorded token by token in OUTPUT_DIR/credit at each logged step (0: none)."},
     )
 
     # Not a field. Set by the trainer of this package, and by no other
@@ -324,6 +331,13 @@ def _check_numbers(config: GRPOExtConfig) -> None:
         raise ValueError(f"logits_memory_bytes must be an integer, 1 or larger; got {config.logits_memory_bytes!r}.")
     if config.reward_batch_tokens is not None and not _is_positive_integer(config.reward_batch_tokens):
         raise ValueError(f"reward_batch_tokens must be an integer, 1 or larger; got {config.reward_batch_tokens!r}.")
+    if config.log_credit != 0 and not _is_positive_integer(config.log_credit):
+        raise ValueError(f"log_credit must be an integer, 0 or larger; got {config.log_credit!r}.")
+    if config.log_credit and config.logging_strategy != "steps":
+        raise ValueError(
+            f"log_credit records the steps that are logged, and logging_strategy={config.logging_strategy!r} names "
+            "none. Use logging_strategy='steps'."
+        )
 
 
 def _changed(values: Mapping[str, tuple[Any, Any]]) -> list[str]:

@@ -21,6 +21,7 @@ from ._swapped import swapped
 from ._trl import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .advantages.combine import check_values, process_advantages
 from .config import GRPOExtConfig
+from .credit.trainer import CreditTrainer, judgements_of
 from .distributed import gather, local_rows, total
 from .kl.trainer import KLTrainer
 from .loss import loss_mask
@@ -34,7 +35,6 @@ from .metrics import (
     unjudged_shares,
     withheld_shares,
 )
-from .model_card import ModelCardTrainer
 from .reward_models.opening import open_reward_models, prepare_reward_sources
 from .rewards.arguments import check_columns, check_row, check_source_columns, list_sources
 from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
@@ -57,11 +57,17 @@ class _Scored(NamedTuple):
             One number per completion and source, NaN where there is none.
         withheld_NK (`torch.Tensor` of shape `(N, K)`, bool):
             Where a gate keeps it from counting.
+        returned_NK (`torch.Tensor` of shape `(N, K)`):
+            The scores of sequence classifiers before their transforms.
+        completion_ids (`list[list[int]]` of length B):
+            The completions of this process, without padding.
     """
 
     sources: list[Any]
     scores_NK: torch.Tensor
     withheld_NK: torch.Tensor
+    returned_NK: torch.Tensor
+    completion_ids: list[list[int]]
 
     @property
     def counted_NK(self) -> torch.Tensor:
@@ -69,7 +75,7 @@ class _Scored(NamedTuple):
         return self.scores_NK.masked_fill(self.withheld_NK, torch.nan)
 
 
-class GRPOExtTrainer(ModelCardTrainer):
+class GRPOExtTrainer(CreditTrainer):
     """
     [`~trl.GRPOTrainer`] with process supervision, several weighted reward sources at token level and an exact KL.
 
@@ -229,11 +235,13 @@ class GRPOExtTrainer(ModelCardTrainer):
         # `reward_funcs` holds the user's own functions at any other time
         with swapped(self, reward_funcs=sources):
             scores_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        returned_NK = scores_NK.clone()
         for k, source in enumerate(sources):
             if isinstance(source, nn.Module):
                 name = self.reward_func_names[k]
                 scores_NK[:, k] = parse_model_scores(scores_NK[:, k], name, self._transforms[k], is_outcome)
-        self._scored = _Scored(sources, scores_NK, withheld_rewards(scores_NK, self._gates))
+        withheld_NK = withheld_rewards(scores_NK, self._gates)
+        self._scored = _Scored(sources, scores_NK, withheld_NK, returned_NK, completion_ids_list)
         self._first_completion = str(completions[0])
         return self._scored.counted_NK
 
@@ -255,7 +263,9 @@ class GRPOExtTrainer(ModelCardTrainer):
                 "number for each completion, and supervision='process' trains on the rewards of tokens. Change the "
                 "reward function, or override compute_advantages(batch), whose batch has them."
             )
-        self._scored = _Scored(self._scored.sources, rewards_NK, withheld_rewards(rewards_NK, self._gates))
+        self._scored = self._scored._replace(
+            scores_NK=rewards_NK, withheld_NK=withheld_rewards(rewards_NK, self._gates)
+        )
 
     def _warn_of_steps(self, sources: list[Any], counts_K: list[StepCounts], completions: int) -> None:
         """Say once, by name, where the steps of a source look wrong; see [`StepWarnings`]."""
@@ -268,7 +278,7 @@ class GRPOExtTrainer(ModelCardTrainer):
     def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
         """What all processes' completions earn, from the rewards that TRL has just collected."""
         assert self._scored is not None
-        sources, scores_NK, withheld_NK = self._scored
+        sources, scores_NK, withheld_NK, *_ = self._scored
         if self.args.supervision == "process":
             rewards_KNT, mask_NT, masked_K = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
         else:
@@ -344,22 +354,29 @@ class GRPOExtTrainer(ModelCardTrainer):
             where a completion has one advantage.
         """
         rewards_KNT = batch.counted_KNT
-        is_process = self.args.supervision == "process"
         return process_advantages(
             # Apple's GPUs have no float64
             rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
             batch.mask_NT,
             self.reward_weights.to(rewards_KNT.device),
             batch.group_size,
-            # Outcome supervision is process supervision of completions of one token, where `position` is TRL's formula
-            estimator=self.args.advantage_estimator if is_process else "position",
-            gamma=cast(float | list[float], self.args.gamma) if is_process else 1.0,
-            gamma_unit=self.args.gamma_unit,
-            options=self.args.estimator_options if is_process else None,
-            aggregation=self.multi_objective_aggregation,
-            scale=self.scale_rewards,
-            eps=self.args.advantage_eps,
+            **self._advantage_settings,
         )
+
+    @property
+    def _advantage_settings(self) -> dict[str, Any]:
+        """Keywords of [`~trl_grpo_ext.advantages.combine.process_advantages`]."""
+        is_process = self.args.supervision == "process"
+        return {
+            # Outcome supervision is process supervision of completions of one token, where `position` is TRL's formula
+            "estimator": self.args.advantage_estimator if is_process else "position",
+            "gamma": self.args.gamma if is_process else 1.0,
+            "gamma_unit": self.args.gamma_unit,
+            "options": self.args.estimator_options if is_process else None,
+            "aggregation": self.multi_objective_aggregation,
+            "scale": self.scale_rewards,
+            "eps": self.args.advantage_eps,
+        }
 
     @property
     def _keeps_trl_advantages(self) -> bool:
@@ -386,7 +403,10 @@ class GRPOExtTrainer(ModelCardTrainer):
         if self._scored is None:
             self._require_super()
         else:
-            self._use_rewards(output, self._scored_batch(mask_BT), mask_BT)
+            batch = self._scored_batch(mask_BT)
+            self._use_rewards(output, batch, mask_BT)
+            if self._credit_is_due:
+                self._record_scored(output, batch)
             self._scored = None
         self._log_advantages(output["advantages"], mask_BT)
         return output
@@ -414,6 +434,14 @@ class GRPOExtTrainer(ModelCardTrainer):
         # Other processes may have longer completions
         advantages_BT = local_rows(self.accelerator, advantages_NT)[:, : mask_BT.size(1)].float()
         output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
+
+    def _record_scored(self, output: dict[str, Any], batch: ScoredBatch) -> None:
+        assert self._scored is not None
+        sources, scores_NK, _, returned_NK, completion_ids = self._scored
+        returned_KB = local_rows(self.accelerator, returned_NK).T
+        scores_KB = local_rows(self.accelerator, scores_NK).T
+        judgements_KB = [judgements_of(*judged) for judged in zip(sources, returned_KB, scores_KB, strict=True)]
+        self._record_batch(output, batch, completion_ids, judgements_KB, self._advantage_settings)
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
         """Log the advantages that are trained on; in the completions table, each completion's mean."""

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.tiny_models import save_tiny_model
 from tests.support.training import Recorder, RecordingExtTrainer, fixed_completions, make_trainer, moved_policy
 from trl_grpo_ext import StepRewards
+from trl_grpo_ext.credit.read import read_credit
 from trl_grpo_ext.distributed import whole
 
 
@@ -48,7 +49,7 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 
 # Ways to make a loss of rewards, which sharding does not see
 LOSSES = {
-    "position": Case({"advantage_estimator": "position", "loss_type": "dapo"}),
+    "position": Case({"advantage_estimator": "position", "loss_type": "dapo", "log_credit": 2}),
     "pooled": Case({"advantage_estimator": "pooled", "loss_type": "grpo", "kl_reduction": "token_mean"}),
     "step": Case({"advantage_estimator": "step", "loss_type": "dr_grpo", "gamma_unit": "step"}),
     "min": Case(
@@ -186,6 +187,7 @@ def train(models: Path, output: Path, name: str) -> dict[str, Any]:
         "advantages": [batch["advantages"] for batch in trainer.batches],
         "mask": [batch["completion_mask"] for batch in trainer.batches],
         "table": list(trainer._logs["advantages"]),
+        "credit": [step.rows() for step in read_credit(output / name).steps] if trainer.args.log_credit else None,
         "log": trainer.state.log_history[:STEPS],
         "gradients": recorder.gradients,
         "before": before,

@@ -248,6 +248,7 @@ class KLTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             policy_loss = policy_loss - self.router_aux_loss_coef * output.aux_loss.detach() / steps
         if self.beta == 0.0:
+            self._observe_tokens(output, None)
             self._log_loss(policy_loss * steps, None, {}, mask_BT)
             return loss
         self._check_start(output, inputs)
@@ -255,12 +256,16 @@ class KLTrainer(GRPOTrainer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._keeps_trl_kl):
             kl_BT = self.per_token_kl(output, inputs)
             kl_loss = self.beta * reduce_tokens(kl_BT, mask_BT, self._kl_reduction, **self._reduction_options(inputs))
+        self._observe_tokens(output, kl_BT)
         if self._keeps_trl_kl:
             self._log_loss((policy_loss - kl_loss) * steps, kl_loss * steps, {}, mask_BT)
             return loss
         kls = {"kl": kl_BT, **self._sampled_estimates(output, inputs)}
         self._log_loss(policy_loss * steps, kl_loss.detach() * steps, kls, mask_BT)
         return loss + kl_loss
+
+    def _observe_tokens(self, output: Any, kl_BT: torch.Tensor | None) -> None:
+        """What a subclass may log of each token: the policy's forward, and the KL that the loss reduces, if any."""
 
     def _check_start(self, output: Any, inputs: dict[str, Any]) -> None:
         """Raise or warn, once, if the policy differs from the reference before the first update."""

@@ -70,6 +70,8 @@ class RewardSource:
             known = ", ".join(map(repr, STEP_REDUCTIONS))
             raise ValueError(f"reward source '{name}': `reduce` is {self.reduce!r}; known: {known}.")
         self.rewards: list[Reward] = []
+        # The same before the transform
+        self.returned: list[Reward] = []
         # How many completions of the last batch came back as `StepRewards` or a token list without a step
         self._without_step = 0
 
@@ -104,6 +106,7 @@ class RewardSource:
             )
         self._without_step = 0
         self.rewards = []
+        self.returned = []
         numbers = []
         for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
@@ -111,6 +114,7 @@ class RewardSource:
             reward = transform_reward(parsed, self.transform, where)
             # `None` is another matter: the steps may have been found, and not judged
             self._without_step += parsed is None and isinstance(value, (StepRewards, list))
+            self.returned.append(parsed)
             self.rewards.append(reward)
             numbers.append(self._to_number(reward, where))
         return numbers

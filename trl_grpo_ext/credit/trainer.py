@@ -1,0 +1,263 @@
+"""The part of the trainer that logs credit: when, of which completions, and what the loss sees of them."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..advantages.combine import gamma_per_source
+from ..advantages.estimators import find_estimator
+from ..loss import completion_logps
+from ..model_card import ModelCardTrainer
+from ..rewards.batch import ScoredBatch
+from ..rewards.gating import NO_GATE
+from ..rewards.sources import RewardSource
+from ..rewards.types import Reward
+from .decomposition import Decomposition, decompose
+from .log import Recording, completion_row, completion_rows, credit_file, write_rows
+
+
+logger = logging.get_logger(__name__)
+
+# Key of the batch that says which rows a micro-batch has; TRL shuffles it with the others
+_ROWS = "credit_rows"
+
+
+class CreditTrainer(ModelCardTrainer):
+    """
+    [`~trl.GRPOTrainer`] that records a few groups of each logged step, if `log_credit` is not 0.
+
+    Recorded are the first groups of the step's generated batch, and of the first batch of each evaluation. All
+    processes come together once, after the first pass over the batch.
+
+    Args:
+        **kwargs:
+            The arguments of [`ModelCardTrainer`], by name.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        # By mode: an evaluation may lie between the updates on a batch
+        self._recordings: dict[str, Recording] = {}
+        self._recorded_step = {"train": -1, "eval": -1}
+        # Of the main process, beside its recording: the batch of all processes and its decomposition
+        self._recorded_batches: dict[str, tuple[ScoredBatch, Decomposition]] = {}
+        self._loss_inputs: Mapping[str, Any] = {}
+        if self.args.log_credit:
+            self.add_callback(_WriteAtEnd(self))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # When
+
+    @property
+    def _credit_step(self) -> int:
+        return self.state.global_step + (self._mode == "train")
+
+    @property
+    def _credit_is_due(self) -> bool:
+        """Whether the batch that has just been generated is to be recorded."""
+        if not self.args.log_credit or self._recorded_step[self._mode] == self._credit_step:
+            return False
+        if self._mode == "eval":
+            return True
+        micro_batches = cast(int, self.args.steps_per_generation) * self.num_iterations
+        updates = math.ceil(micro_batches / self.args.gradient_accumulation_steps)
+        return any(self._is_logged(step) for step in range(self._credit_step, self._credit_step + updates))
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What
+
+    def _record_batch(
+        self,
+        output: dict[str, Any],
+        batch: ScoredBatch,
+        completion_ids: list[list[int]],
+        judgements_KB: list[list[tuple[Reward, Reward]]],
+        advantage_settings: Mapping[str, Any],
+    ) -> None:
+        """
+        Begin to record a batch that is scored and has its advantages.
+
+        Args:
+            output (`dict[str, Any]`):
+                The batch as TRL scored it; gets the numbers of its rows.
+            batch ([`~trl_grpo_ext.ScoredBatch`]):
+                The completions of all processes.
+            completion_ids (`list[list[int]]` of length B):
+                This process's completions, without padding.
+            judgements_KB (`list[list[tuple]]`):
+                Each source's rewards of these, as returned and after its transform.
+            advantage_settings (`Mapping[str, Any]`):
+                Keywords of [`~trl_grpo_ext.advantages.combine.process_advantages`].
+        """
+        count = len(completion_ids)
+        first = self.accelerator.process_index * count
+        device = output["completion_ids"].device
+        output[_ROWS] = torch.arange(first, first + count, device=device)
+        recorded = min(self.args.log_credit * batch.group_size, len(batch.mask_NT))
+        rows = {
+            first + index: self._completion_row(output, index, completion_ids[index], judgements_KB)
+            for index in range(min(count, max(recorded - first, 0)))
+        }
+        passes = cast(int, self.args.steps_per_generation) if self._mode == "train" else 1
+        self._recordings[self._mode] = Recording(self._mode, self._credit_step, rows, passes)
+        self._recorded_step[self._mode] = self._credit_step
+        if self.accelerator.is_main_process:
+            self._recorded_batches[self._mode] = self._explained(batch, recorded, advantage_settings)
+
+    def _completion_row(
+        self,
+        output: Mapping[str, Any],
+        index: int,
+        ids: list[int],
+        judgements_KB: list[list[tuple[Reward, Reward]]],
+    ) -> dict[str, Any]:
+        prompt_ids = output["prompt_ids"][index][output["prompt_mask"][index].bool()].tolist()
+        mask = output["completion_mask"][index]
+        if "tool_mask" in output:
+            mask = mask * output["tool_mask"][index]
+        advantages = output["advantages"][index].reshape(-1)[: max(len(ids), 1)].tolist()
+        row = completion_row(
+            self._tokenizer,
+            prompt_ids,
+            ids,
+            mask[: len(ids)].tolist(),
+            advantages,
+            [judgements[index] for judgements in judgements_KB],
+        )
+        ended = bool(ids) and ids[-1] in (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
+        row["truncated"] = len(ids) >= cast(int, self.max_completion_length) and not ended
+        return row
+
+    def _explained(
+        self, batch: ScoredBatch, recorded: int, advantage_settings: Mapping[str, Any]
+    ) -> tuple[ScoredBatch, Decomposition]:
+        """The rows that are recorded, and the sums that make their advantages."""
+        of_groups = (
+            advantage_settings["aggregation"] == "sum_then_normalize" and advantage_settings["scale"] != "batch"
+        )
+        if of_groups:
+            batch = batch._replace(
+                rewards_KNT=batch.rewards_KNT[:, :recorded],
+                withheld_NK=batch.withheld_NK[:recorded],
+                mask_NT=batch.mask_NT[:recorded],
+            )
+        rewards_KNT = batch.counted_KNT.cpu().double()
+        weights_K = self.reward_weights.cpu()
+        return batch, decompose(rewards_KNT, batch.mask_NT.cpu(), weights_K, batch.group_size, **advantage_settings)
+
+    def _compute_loss(self, model, inputs):
+        # "sequence_token" has other old log-probs in its copy
+        self._loss_inputs = inputs
+        return super()._compute_loss(model, inputs)
+
+    def _observe_tokens(self, output: Any, kl_BT: torch.Tensor | None) -> None:
+        inputs = self._loss_inputs
+        recording = self._recordings.get(self._mode)
+        if recording is None or _ROWS not in inputs:
+            return
+        logps_BT = completion_logps(output, inputs)
+        is_exact = self.beta != 0.0 and self.args.kl_estimator == "exact"
+        values = {
+            "trainer_logprobs": logps_BT,
+            "old_logprobs": inputs.get("old_per_token_logps", logps_BT),
+            "ref_logprobs": output.ref_log_probs if is_exact else inputs.get("ref_per_token_logps"),
+            "inference_logprobs": inputs.get("sampling_per_token_logps"),
+            "entropy": output.entropy[:, -logps_BT.size(1) :],
+            "kl": kl_BT,
+        }
+        if recording.observe(inputs[_ROWS], values):
+            self._write_credit(self._mode)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Writing
+
+    def _write_credit(self, mode: str) -> None:
+        """Gather the rows of all processes, and write them in the main one. A full disk does not end the run."""
+        recording = self._recordings.pop(mode)
+        gathered = cast(list[tuple[int, dict[str, Any]]], gather_object(list(recording.rows.items())))
+        if not self.accelerator.is_main_process:
+            return
+        batch, decomposition = self._recorded_batches.pop(mode)
+        rows = completion_rows(
+            dict(gathered),
+            decomposition,
+            batch.counted_KNT,
+            batch.withheld_NK,
+            self._source_settings(),
+            batch.group_size,
+        )
+        path = credit_file(Path(cast(str, self.args.output_dir)), mode, recording.step)
+        try:
+            write_rows(path, [{**row, "step": recording.step, "mode": mode} for row in rows], self._credit_settings())
+        except OSError as error:
+            logger.warning(f"The credit of step {recording.step} is not logged: {error}")
+
+    def _source_settings(self) -> list[dict[str, Any]]:
+        names = self.reward_func_names
+        is_process = self.args.supervision == "process"
+        gammas = gamma_per_source(cast(float | list[float], self.args.gamma) if is_process else 1.0, len(names))
+        columns = {
+            "name": names,
+            "weight": self.reward_weights.tolist(),
+            "gamma": gammas,
+            "transform": self.args.reward_transforms or ["none"] * len(names),
+            "gate": self.args.outcome_gate or [NO_GATE] * len(names),
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _credit_settings(self) -> dict[str, Any]:
+        is_process = self.args.supervision == "process"
+        estimator = self.args.advantage_estimator if is_process else "position"
+        return {
+            "supervision": self.args.supervision,
+            "advantage_estimator": estimator,
+            "normalizes": find_estimator(estimator).normalizes,
+            "options": self.args.estimator_options if is_process else {},
+            "gamma_unit": self.args.gamma_unit,
+            "multi_objective_aggregation": self.multi_objective_aggregation,
+            "scale_rewards": self.scale_rewards,
+            "advantage_eps": self.args.advantage_eps,
+            "kl_estimator": self.args.kl_estimator,
+            "kl_direction": self.args.kl_direction,
+            "beta": self.beta,
+        }
+
+
+def judgements_of(source: Any, returned_B: torch.Tensor, scores_B: torch.Tensor) -> list[tuple[Reward, Reward]]:
+    """
+    A source's rewards of this process's completions, as returned and after its transform.
+
+    Args:
+        source ([`RewardSource`] or `nn.Module`):
+            A function's source, which remembers both; of a sequence classifier they are scores.
+        returned_B (`torch.Tensor` of shape `(B,)`):
+            A classifier's scores before its transform.
+        scores_B (`torch.Tensor` of shape `(B,)`):
+            The same after it.
+    """
+    if isinstance(source, RewardSource):
+        return list(zip(source.returned, source.rewards, strict=True))
+    assert isinstance(source, nn.Module)
+    pairs = zip(returned_B.tolist(), scores_B.tolist(), strict=True)
+    return [(None, None) if math.isnan(returned) else (returned, score) for returned, score in pairs]
+
+
+class _WriteAtEnd(TrainerCallback):
+    """Writes what is recorded of a batch whose updates the end of training cuts short."""
+
+    def __init__(self, trainer: CreditTrainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if "train" in self.trainer._recordings:
+            self.trainer._write_credit("train")
