@@ -104,7 +104,7 @@ class CreditTrainer(ModelCardTrainer):
         device = output["completion_ids"].device
         output[_ROWS] = torch.arange(first, first + count, device=device)
         recorded = min(self.args.log_credit * batch.group_size, len(batch.mask_NT))
-        rows = {
+        rows: dict[int, dict[str, Any]] = {
             first + index: self._completion_row(output, index, completion_ids[index], judgements_KB)
             for index in range(min(count, max(recorded - first, 0)))
         }
