@@ -1,0 +1,115 @@
+"""From a run's folder to the report's HTML: curves, findings, groups, and the template that holds them."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .embed import pack_group
+from .figures import curve_order, figures_of_rows, figures_of_state, find_state
+from .findings import find_all, groups_of, total
+from .read import read_credit
+
+
+_PAGE = resources.files(__package__) / "page"
+
+
+def page_of_run(run_folder: Path) -> tuple[str, dict[str, str]]:
+    """
+    The report of a run.
+
+    Args:
+        run_folder (`Path`):
+            The run's `output_dir`.
+
+    Returns:
+        The HTML, and the reason for each file of the log that was passed over.
+
+    Raises:
+        FileNotFoundError: no step was recorded.
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    log = read_credit(run_folder)
+    if not log.steps:
+        raise FileNotFoundError(f"{run_folder} has no recorded step that can be read. {log.passed_over or ''}")
+    steps: list[dict[str, Any]] = []
+    groups: list[str] = []
+    rows: list[dict[str, Any]] = []
+    recorded: dict[int, dict[str, float]] = {}
+    for step in log.steps:
+        step_rows = step.rows()
+        figures = figures_of_rows(step_rows)
+        described = []
+        for (_, number), group in groups_of(step_rows).items():
+            described.append(describe_group(number, group, len(groups)))
+            groups.append(pack_group(group, step.settings))
+        steps.append({"mode": step.mode, "step": step.step, "groups": described, "settings": step.settings})
+        if step.mode == "train":
+            recorded[step.step] = figures
+            rows += step_rows
+    state = find_state(run_folder)
+    figures = recorded if state is None else figures_of_state(state)
+    index = {
+        "sources": [source["name"] for source in (rows or log.steps[0].rows())[0]["sources"]],
+        "steps": steps,
+        "curves": curves(figures),
+        "findings": [finding._asdict() for finding in find_all(rows, figures or recorded)],
+    }
+    return render(run_folder.resolve().name, index, groups, note_of(state, log.passed_over)), log.passed_over
+
+
+def describe_group(number: int, rows: Sequence[Mapping[str, Any]], blob: int) -> dict[str, Any]:
+    """What a step's list of groups shows of one."""
+    advantages = [value for row in rows for value, counts in zip(row["advantages"], row["loss_mask"]) if counts]
+    totals_K = [[total(row["sources"][k]) for row in rows] for k in range(len(rows[0]["sources"]))]
+    given_K = [[value for value in totals if value is not None] for totals in totals_K]
+    return {
+        "group": number,
+        "blob": blob,
+        "prompt": rows[0]["prompt"],
+        "completions": len(rows),
+        "tokens": sum(len(row["token_ids"]) for row in rows),
+        "rewards": [statistics.fmean(given) if given else None for given in given_K],
+        "flat": not any(advantages),
+        "strongest": max(map(abs, advantages), default=0.0),
+    }
+
+
+def curves(figures: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Each curve with its points, in the order of the page."""
+    names = sorted({name for of_step in figures.values() for name in of_step}, key=curve_order)
+    return [
+        {"name": name, "points": [[step, figures[step][name]] for step in sorted(figures) if name in figures[step]]}
+        for name in names
+    ]
+
+
+def note_of(state: Path | None, passed_over: Mapping[str, str]) -> str:
+    """Where the curves come from, and what is not in the report."""
+    if state is None:
+        origin = "Curves are means over the recorded completions: the run has saved no trainer_state.json."
+    else:
+        origin = f"Curves are the trainer's log, from {state.parent.name}/{state.name}; groups are those recorded."
+    return origin + (f" Files passed over: {', '.join(passed_over)}." if passed_over else "")
+
+
+def render(run: str, index: Mapping[str, Any], groups: Sequence[str], note: str) -> str:
+    """
+    The page, with everything in it.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('The report needs jinja2: pip install "trl_grpo_ext[report]".') from error
+    environment = jinja2.Environment(autoescape=True)
+    template = environment.from_string((_PAGE / "page.html").read_text(encoding="utf-8"))
+    # The package's own, and base64: nothing of the run
+    trusted = {name: jinja2.utils.markupsafe.Markup((_PAGE / file).read_text("utf-8")) for name, file in _FILES.items()}
+    return template.render(run=run, index=index, groups=groups, note=note, **trusted)
+
+
+_FILES = {"style": "page.css", "script": "page.js"}
