@@ -26,6 +26,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 SERVER = PACKAGE / "reward_models" / "remote" / "server.py"
 
 
+# ... and [report]
+REPORT = PACKAGE / "credit" / "page_of_run.py"
+
+
 def names(requirements: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
 
@@ -44,9 +48,10 @@ def imported(paths: list[Path]) -> set[str]:
 
 
 def test_dependencies_are_what_the_package_imports():
-    modules = set(PACKAGE.rglob("*.py")) - {SERVER}
+    modules = set(PACKAGE.rglob("*.py")) - {SERVER, REPORT}
     assert imported(sorted(modules)) == names(PROJECT["dependencies"])
-    assert imported([SERVER]) - names(PROJECT["dependencies"]) == names(PROJECT["optional-dependencies"]["serve"])
+    for extra, module in {"serve": SERVER, "report": REPORT}.items():
+        assert imported([module]) - names(PROJECT["dependencies"]) == names(PROJECT["optional-dependencies"][extra])
 
 
 def test_dependencies_install_on_every_python_that_is_promised():

@@ -3,9 +3,9 @@ The report of a run that has logged credit: one HTML file that works offline.
 
     python -m trl_grpo_ext.report RUN_FOLDER [--output credit.html] [--open]
 
-It needs `pip install "trl_grpo_ext[report]"` and the folder `credit` that `log_credit` writes. Curves are the trainer's
-own if a `trainer_state.json` is there, in the newest checkpoint or where `trainer.save_state()` writes it, and else
-means over the recorded completions.
+It needs `pip install "trl_grpo_ext[report]"` and the folder `credit` that `log_credit` writes. Curves are the
+trainer's own if a `trainer_state.json` is there, in the newest checkpoint or where `trainer.save_state()` writes it,
+and else means over the recorded completions.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .credit.page_of_run import page_of_run
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, write the report and say where it is."""
-    parser = argparse.ArgumentParser("python -m trl_grpo_ext.report", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("python -m trl_grpo_ext.report", description="Write the report of a run.")
     parser.add_argument("run_folder", type=Path, help="The run's output_dir, with the folder `credit`.")
     parser.add_argument("--output", type=Path, help="File to write. Default: credit.html in the run's folder.")
     parser.add_argument("--open", action="store_true", help="Open it in the browser.")

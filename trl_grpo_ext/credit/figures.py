@@ -102,13 +102,21 @@ def figures_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         group_size = len(rows) // len({row["group"] for row in rows})
         figures |= outcome_correlations(names, rewards_KNT, has_steps_K, group_size)
     for name in ("kl", "entropy"):
-        values = [value for row in rows for value, counts in zip(row[name] or [], row["loss_mask"]) if counts]
+        values = [value for row in rows for _, value in on_loss_tokens(row, name)]
         figures[name] = sum(values) / len(values) if values else math.nan
-    advantages = [value for row in rows for value, counts in zip(row["advantages"], row["loss_mask"]) if counts]
+    advantages = [value for row in rows for _, value in on_loss_tokens(row, "advantages")]
     figures["advantages/positive_share"] = sum(value > 0 for value in advantages) / max(len(advantages), 1)
     figures["completions/mean_length"] = sum(len(row["token_ids"]) for row in rows) / len(rows)
     figures["completions/clipped_ratio"] = sum(row["truncated"] for row in rows) / len(rows)
     return {name: value for name, value in figures.items() if is_curve(name) and is_number(value)}
+
+
+def on_loss_tokens(row: Mapping[str, Any], column: str) -> list[tuple[int, float]]:
+    """A row's loss tokens with their values in a column of the log; none if the column is null."""
+    if row[column] is None:
+        return []
+    values = zip(row[column], row["loss_mask"], strict=True)
+    return [(token, value) for token, (value, counts) in enumerate(values) if counts]
 
 
 def _values(source: Mapping[str, Any]) -> list[float]:

@@ -5,12 +5,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .figures import on_loss_tokens
+
 
 Row = Mapping[str, Any]
 
 # Tokens of a phrase, and how often it has to stand in a completion
 _PHRASE = 5
 _REPEATS = 3
+# Tokens of a phrase that is shown
+_LONGEST = 40
 # Share of the late completions that has to repeat it
 _COMMON = 0.2
 # A change that is worth a word
@@ -100,8 +104,8 @@ def trends(rows: Sequence[Row], figures: Mapping[int, Mapping[str, float]]) -> l
     outcomes = [name for name, process in is_process.items() if not process]
     last = link_to(rows[-1])
     found = []
-    outcome_trends = {name: trend(figures, f"rewards/{name}/mean") for name in outcomes}
-    rises = any(pair is not None and pair[1] > pair[0] + 0.02 * max(1.0, abs(pair[0])) for pair in outcome_trends.values())
+    outcome_trends = [trend(figures, f"rewards/{name}/mean") for name in outcomes]
+    rises = any(pair is not None and pair[1] > pair[0] + 0.02 * max(1.0, abs(pair[0])) for pair in outcome_trends)
     beside = f" {' and '.join(outcomes)} did not rise." if outcomes else " No outcome source says whether that helps."
     for name in [name for name, process in is_process.items() if process]:
         steps = trend(figures, f"rewards/{name}/steps")
@@ -130,36 +134,45 @@ def phrase_counts(ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
     return {phrase: starts for phrase, starts in places.items() if len(starts) >= _REPEATS}
 
 
+def period(ids: Sequence[int], starts: Sequence[int]) -> int:
+    """Tokens of the whole phrase, if it stands again right where it ends; else of the part that was counted."""
+    first, second, third = starts[:3]
+    is_periodic = list(ids[first:second]) == list(ids[second:third]) and second - first <= _LONGEST
+    return second - first if is_periodic else _PHRASE
+
+
 def repeated_phrases(rows: Sequence[Row]) -> list[Finding]:
     """The phrase that most late completions repeat, if early ones did so less than half as often."""
     steps = sorted({row["step"] for row in rows})
     early, late = (set(part) for part in early_and_late(steps))
     repeated_early: Counter[tuple[int, ...]] = Counter()
     repeated_late: Counter[tuple[int, ...]] = Counter()
-    shown: dict[tuple[int, ...], tuple[int, Row, int]] = {}
+    # The completion that repeats a phrase most is the one to look at
+    shown: dict[tuple[int, ...], tuple[Row, list[int]]] = {}
     for row in rows:
         phrases = phrase_counts(row["token_ids"])
         if row["step"] in late:
             repeated_late.update(phrases.keys())
             for phrase, starts in phrases.items():
-                # The completion that repeats it most is the one to look at
-                shown[phrase] = max(shown.get(phrase, (0, row, 0)), (len(starts), row, starts[1]), key=lambda x: x[0])
+                if phrase not in shown or len(starts) > len(shown[phrase][1]):
+                    shown[phrase] = (row, starts)
         elif row["step"] in early:
             repeated_early.update(phrases.keys())
     if not repeated_late:
         return []
-    phrase, count = max(repeated_late.items(), key=lambda item: (item[1], shown[item[0]][0]))
+    phrase, count = max(repeated_late.items(), key=lambda item: (item[1], len(shown[item[0]][1])))
     late_rows = sum(row["step"] in late for row in rows)
     early_rows = max(1, sum(row["step"] in early for row in rows))
     share = count / late_rows
     share_early = repeated_early[phrase] / early_rows if early != late else 0.0
     if share < _COMMON or share < 2 * share_early:
         return []
-    repeats, row, token = shown[phrase]
-    words = "".join(row["tokens"][token : token + _PHRASE])
+    row, starts = shown[phrase]
+    token = starts[0]
+    words = "".join(row["tokens"][token : token + period(row["token_ids"], starts)])
     text = (
         f"{words!r} stands {_REPEATS} times or more in {share:.0%} of the late completions ({share_early:.0%} of the "
-        f"early ones); {repeats} times in the one that is linked."
+        f"early ones); {len(starts)} times in the one that is linked."
     )
     return [Finding("gaming", "A phrase is repeated", text, link_to(row, token))]
 
@@ -182,7 +195,9 @@ def without_spread(rows: Sequence[Row]) -> list[Finding]:
     flat = [group for group in groups if not any(any(row["advantages"]) for row in group)]
     if not flat:
         return []
-    text = f"{len(flat)} of {len(groups)} recorded groups have advantage 0 on every token: nothing is learnt from them."
+    text = (
+        f"{len(flat)} of {len(groups)} recorded groups have advantage 0 on every token: nothing is learnt from them."
+    )
     return [Finding("signal", "Groups without spread", text, link_to(flat[-1][0]))]
 
 
@@ -193,7 +208,7 @@ def unjudged(rows: Sequence[Row]) -> list[Finding]:
         name = source["name"]
         missing = [row for row in rows if not any(v is not None for v in row["sources"][k]["returned"])]
         if missing:
-            text = f"{name} does not judge {len(missing)} of {len(rows)} completions ({len(missing) / len(rows):.0%})."
+            text = f"{name} does not judge {len(missing)} of {len(rows)} completions."
             found.append(Finding("signal", "Unjudged completions", text, link_to(missing[-1])))
         unscored = [row for row in rows if row not in missing and None in row["sources"][k]["returned"]]
         if unscored:
@@ -212,14 +227,14 @@ def truncated(rows: Sequence[Row]) -> list[Finding]:
     cut = [row for row in rows if row["truncated"]]
     if not cut:
         return []
-    text = f"{len(cut)} of {len(rows)} completions ({len(cut) / len(rows):.0%}) end at the largest length."
+    text = f"{len(cut)} of {len(rows)} completions end at the largest length."
     return [Finding("signal", "Truncated completions", text, link_to(cut[-1], len(cut[-1]["token_ids"]) - 1))]
 
 
 def disagreements(rows: Sequence[Row]) -> list[Finding]:
     """The completion that one source ranks first in its group and another last, by the widest margin."""
     names = [source["name"] for source in rows[0]["sources"]]
-    widest: tuple[float, Row, int, int] | None = None
+    widest: tuple[float, Row, Sequence[Row], int, int] | None = None
     for group in groups_of(rows).values():
         scores = [standard_scores([total(row["sources"][k]) for row in group]) for k in range(len(names))]
         for a in range(len(names)):
@@ -227,14 +242,17 @@ def disagreements(rows: Sequence[Row]) -> list[Finding]:
                 for row, high, low in zip(group, scores[a], scores[b], strict=True):
                     margin = min(high, -low)
                     if margin > 0.5 and (widest is None or margin > widest[0]):
-                        widest = (margin, row, a, b)
+                        widest = (margin, row, group, a, b)
     if widest is None:
         return []
-    _, row, a, b = widest
-    text = (
-        f"{names[a]} ranks this completion of step {row['step']} high in its group, {names[b]} ranks it low: "
-        f"{total(row['sources'][a]):.3g} and {total(row['sources'][b]):.3g}."
-    )
+    _, row, group, a, b = widest
+
+    def beside_its_group(k: int) -> str:
+        given = [total(other["sources"][k]) for other in group]
+        mean = statistics.fmean(value for value in given if value is not None)
+        return f"{names[k]} gives {total(row['sources'][k]):.3g} (mean of the group: {mean:.3g})"
+
+    text = f"At step {row['step']}, {beside_its_group(a)} where {beside_its_group(b)}."
     return [Finding("signal", "Sources disagree", text, link_to(row))]
 
 
@@ -256,12 +274,7 @@ def standard_scores(values: Sequence[float | None]) -> list[float]:
 
 def kl_outliers(rows: Sequence[Row]) -> list[Finding]:
     """The token with the largest KL, if it stands far out."""
-    tokens = [
-        (value, row, token)
-        for row in rows
-        for token, (value, counts) in enumerate(zip(row["kl"] or [], row["loss_mask"]))
-        if counts and value is not None
-    ]
+    tokens = [(value, row, token) for row in rows for token, value in on_loss_tokens(row, "kl")]
     if len(tokens) < 2:
         return []
     values = [value for value, _, _ in tokens]

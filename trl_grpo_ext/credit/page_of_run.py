@@ -2,17 +2,16 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .embed import pack_group
-from .figures import curve_order, figures_of_rows, figures_of_state, find_state
+from .figures import curve_order, figures_of_rows, figures_of_state, find_state, on_loss_tokens
 from .findings import find_all, groups_of, total
 from .read import read_credit
 
 
-_PAGE = resources.files(__package__) / "page"
+PAGE = Path(__file__).parent / "page"
 
 
 def page_of_run(run_folder: Path) -> tuple[str, dict[str, str]]:
@@ -61,7 +60,7 @@ def page_of_run(run_folder: Path) -> tuple[str, dict[str, str]]:
 
 def describe_group(number: int, rows: Sequence[Mapping[str, Any]], blob: int) -> dict[str, Any]:
     """What a step's list of groups shows of one."""
-    advantages = [value for row in rows for value, counts in zip(row["advantages"], row["loss_mask"]) if counts]
+    advantages = [value for row in rows for _, value in on_loss_tokens(row, "advantages")]
     totals_K = [[total(row["sources"][k]) for row in rows] for k in range(len(rows[0]["sources"]))]
     given_K = [[value for value in totals if value is not None] for totals in totals_K]
     return {
@@ -106,10 +105,8 @@ def render(run: str, index: Mapping[str, Any], groups: Sequence[str], note: str)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('The report needs jinja2: pip install "trl_grpo_ext[report]".') from error
     environment = jinja2.Environment(autoescape=True)
-    template = environment.from_string((_PAGE / "page.html").read_text(encoding="utf-8"))
-    # The package's own, and base64: nothing of the run
-    trusted = {name: jinja2.utils.markupsafe.Markup((_PAGE / file).read_text("utf-8")) for name, file in _FILES.items()}
-    return template.render(run=run, index=index, groups=groups, note=note, **trusted)
-
-
-_FILES = {"style": "page.css", "script": "page.js"}
+    template = environment.from_string((PAGE / "page.html").read_text(encoding="utf-8"))
+    # The package's own: the template takes them as they are
+    style = (PAGE / "page.css").read_text(encoding="utf-8")
+    script = (PAGE / "page.js").read_text(encoding="utf-8")
+    return template.render(run=run, index=index, groups=groups, note=note, style=style, script=script)

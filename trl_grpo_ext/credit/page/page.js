@@ -23,6 +23,10 @@ function svg(tag, attributes = {}, ...children) {
   element.append(...children);
   return element;
 }
+// A table that may be wider than the window is scrolled by keyboard too
+function wide(label, table) {
+  return el("div", { class: "wide", tabindex: 0, role: "region", "aria-label": label }, table);
+}
 function number(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
@@ -235,7 +239,11 @@ function chart(curve, entries) {
     picture.append(hit);
   });
   const save = (kind) => el("button", { type: "button", "aria-label": `Save ${curve.name} as ${kind}`, on: { click: () => exportChart(picture, curve.name, kind) } }, kind);
-  return el("figure", {}, el("figcaption", {}, el("span", {}, curve.name), save("SVG"), save("PNG")), picture);
+  return el("figure", {}, el("figcaption", {}, el("span", {}, breakable(curve.name)), save("SVG"), save("PNG")), picture);
+}
+// Long names break after a slash or an underscore, not within a word
+function breakable(name) {
+  return visible(name).split(/(?<=[/_])/).flatMap((part) => [part, el("wbr")]);
 }
 function exportChart(picture, name, kind) {
   const copy = picture.cloneNode(true);
@@ -270,8 +278,8 @@ function stepPage(entry) {
       el("td", { class: "number" }, String(group.completions)),
       group.rewards.map((value) => el("td", { class: "number" }, number(value))),
       el("td", { class: "number" }, group.flat ? "no spread" : number(group.strongest))));
-  const head = ["", "prompt"].map((name) => el("th", {}, name)).concat(["completions", ...index.sources, "largest advantage"].map((name) => el("th", { class: "number" }, name)));
-  return [el("h2", {}, (entry.mode === "eval" ? "Evaluation after step " : "Step ") + entry.step), el("div", { class: "wide" }, el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)))];
+  const head = ["", "prompt"].map((name) => el("th", {}, name)).concat(["completions", ...index.sources, "largest advantage"].map((name) => el("th", { class: "number" }, breakable(name))));
+  return [el("h2", {}, (entry.mode === "eval" ? "Evaluation after step " : "Step ") + entry.step), wide("Groups", el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)))];
 }
 function shorten(text, length) {
   return text.length > length ? text.slice(0, length) + "…" : text;
@@ -379,7 +387,7 @@ function explain(row, t) {
     const cells = [at("shaped"), source.gamma, at("return"), at("mean"), at("std"), at("divisor"), source.weight, at("share")];
     return el("tr", {}, el("td", {}, index.sources[k] + (source.withheld ? " (withheld)" : "")), cells.map((value, i) => el("td", { class: "number" }, i === 5 && flat ? "no spread" : number(value, 6))));
   });
-  const table = el("div", { class: "wide" }, el("table", {}, el("thead", {}, el("tr", {}, columns.map((name, i) => el("th", { class: i ? "number" : null }, name)))), el("tbody", {}, lines)));
+  const table = wide("Sum of the advantage", el("table", {}, el("thead", {}, el("tr", {}, columns.map((name, i) => el("th", { class: i ? "number" : null }, name)))), el("tbody", {}, lines)));
   if (!row.explained) return why.replaceChildren(title, advantage, el("p", {}, "How it was made from these is not known: the estimator, or compute_advantages, is your own."), table);
   const shares = row.sources.map((source) => (source.share ? source.share[t] : 0));
   const total = shares.reduce((sum, share) => sum + share, row.offset);
@@ -423,6 +431,7 @@ async function find(query, list, status) {
 document.getElementById("search").addEventListener("submit", (event) => {
   event.preventDefault();
   const query = event.target.querySelector("input").value;
+  event.target.querySelector("input").blur();
   if (query.trim()) go("#/search/" + encodeURIComponent(query));
 });
 
