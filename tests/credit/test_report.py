@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from tests.credit.runs import EVERY_FORM, credit_of
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.training import EOS, FixedCompletions, RecordingExtTrainer
 from trl_grpo_ext import ESTIMATORS, Estimator, StepRewards
-from trl_grpo_ext.credit.embed import pack_group, unpack_group
+from trl_grpo_ext.credit.embed import Vocabulary, pack_group, unpack_group
 from trl_grpo_ext.credit.figures import figures_of_rows, is_curve
 from trl_grpo_ext.credit.page_of_run import page_of_run, render
 from trl_grpo_ext.credit.read import read_credit
@@ -36,9 +35,13 @@ def dense(pairs, count):
     return values
 
 
+def texts(row, arrays, index):
+    return [index["vocabulary"][place][1] for place in arrays[row["tokens"]].view("<u4")]
+
+
 def sums(row, arrays, settings):
     """What the page adds up for each token, as its script does."""
-    count = len(row["lengths"])
+    count = len(arrays[row["tokens"]])
     masked = set(row["masked"])
     shaped = [dense(source.get("shaped", source["reward"]), count) for source in row["sources"]]
     of_returns = settings["normalizes"] == "returns"
@@ -62,7 +65,7 @@ def sums(row, arrays, settings):
             if of_returns:
                 share = (following - mean[t]) / divisor[t] if differs else 0.0
             totals[t] += source["weight"] * share / row["batch_divisor"]
-    return np.delete(totals, sorted(masked)), np.delete(arrays[row["advantages"]], sorted(masked))
+    return np.delete(totals, sorted(masked))
 
 
 @pytest.mark.parametrize("form", EVERY_FORM, ids=lambda form: "-".join(map(str, form.values())))
@@ -70,13 +73,13 @@ def test_what_the_page_adds_up_is_what_was_trained_on(form, tiny_model, tmp_path
     config = {"reward_weights": [0.8, 1.5], "reward_transforms": ["center", "none"]} | form
     trainer, (logged,) = credit_of(tiny_model, tmp_path, **config)
     (step,) = read_credit(tmp_path).steps
-    rows, arrays = unpack_group(pack_group(logged[:4], step.settings))
+    rows, arrays = unpack_group(pack_group(logged[:4], step.settings, Vocabulary()))
     for n, row in enumerate(rows):
-        found, shown = sums(row, arrays, step.settings)
+        found = sums(row, arrays, step.settings)
         trained = trainer.batches[0]["advantages"][n].numpy()
-        np.testing.assert_array_equal(shown, trained[: len(shown)] if trained.ndim else trained)
-        np.testing.assert_allclose(found, shown, rtol=0, atol=1e-5)
-    # Only where the batch has no spread do shares not follow from the rest
+        np.testing.assert_allclose(found, trained[: len(found)] if trained.ndim else trained, rtol=0, atol=1e-5)
+    # What follows from the rest is left out
+    assert all(row["advantages"] is None for row in rows)
     assert not any("share" in source for row in rows for source in row["sources"])
 
 
@@ -84,7 +87,7 @@ def test_of_an_estimator_of_the_users_own_returns_are_shown_and_no_sum(tiny_mode
     monkeypatch.setitem(ESTIMATORS, "no_baseline", Estimator(lambda inputs: inputs.values_NT))
     _, (logged,) = credit_of(tiny_model, tmp_path, advantage_estimator="no_baseline")
     (step,) = read_credit(tmp_path).steps
-    rows, arrays = unpack_group(pack_group(logged, step.settings))
+    rows, arrays = unpack_group(pack_group(logged, step.settings, Vocabulary()))
     for row in rows:
         returns = sum(source["weight"] * arrays[source["return"]] for source in row["sources"])
         np.testing.assert_allclose(returns, arrays[row["advantages"]], rtol=0, atol=1e-5)
@@ -159,7 +162,7 @@ def logged_step(tiny_model, tmp_path_factory):
 
 def test_text_of_a_run_is_text(logged_step):
     rows, run = logged_step
-    plain = Page(render("run", {"sources": []}, [pack_group(rows, run)], "note"))
+    plain = Page(render("run", {"sources": []}, [pack_group(rows, run, Vocabulary())], "note"))
 
     @settings(derandomize=True, deadline=None, max_examples=60)
     @given(tokens=TEXT, name=TEXT)
@@ -169,14 +172,14 @@ def test_text_of_a_run_is_text(logged_step):
         row["tokens"] = (tokens + [""] * count)[:count]
         title = "".join(name)
         index = {"sources": [title], "steps": [{"prompt": title}], "findings": [{"text": title}]}
-        page = Page(render(title, index, [pack_group([row], run)], title))
+        vocabulary = Vocabulary()
+        group = pack_group([row], run, vocabulary)
+        index["vocabulary"] = [list(token) for token in vocabulary.tokens]
+        page = Page(render(title, index, [group], title))
         assert page.tags == plain.tags
         assert json.loads(page.scripts[0]) == index
-        ((found,), _) = unpack_group(page.scripts[1])
-        units = found["text"].encode("utf-16-le")
-        ends = np.cumsum([0, *found["lengths"]]) * 2
-        pieces = [units[start:end].decode("utf-16-le") for start, end in pairwise(ends)]
-        assert pieces == row["tokens"]
+        ((found,), arrays) = unpack_group(page.scripts[1])
+        assert texts(found, arrays, index) == row["tokens"]
 
     check()
 
@@ -227,8 +230,8 @@ def test_a_planted_exploit_is_found_and_linked(tiny_model, tmp_path):
     assert "pays_phrase: 1.4 steps" in gaming["More steps, no better outcomes"]["text"]
     _, mode, step, group, completion, token = gaming["A phrase is repeated"]["link"].split("/")
     (entry,) = [entry for entry in index["steps"] if [entry["mode"], str(entry["step"])] == [mode, step]]
-    rows, _ = unpack_group(page.scripts[1 + entry["groups"][int(group)]["blob"]])
-    assert rows[int(completion)]["text"][int(token) :].startswith(PHRASE_TEXT * 5)
+    rows, arrays = unpack_group(page.scripts[1 + entry["groups"][int(group)]["blob"]])
+    assert "".join(texts(rows[int(completion)], arrays, index)[int(token) :]).startswith(PHRASE_TEXT * 5)
     assert repr(PHRASE_TEXT) in gaming["A phrase is repeated"]["text"]
     disagree = [finding for finding in index["findings"] if finding["title"] == "Sources disagree"]
     assert len(disagree) == 1
@@ -263,8 +266,11 @@ def test_a_browser_shows_the_sum_of_a_linked_token_and_runs_nothing_of_the_run(t
     rows = first.rows()
     hostile = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script>"
     rows[2]["tokens"][3] = hostile
+    vocabulary = Vocabulary()
+    group = pack_group(rows, first.settings, vocabulary)
     index = {
         "sources": ["pays_phrase", "is_right"],
+        "vocabulary": vocabulary.tokens,
         "steps": [
             {
                 "mode": "train",
@@ -279,7 +285,7 @@ def test_a_browser_shows_the_sum_of_a_linked_token_and_runs_nothing_of_the_run(t
         "findings": [],
     }
     path = tmp_path / "credit.html"
-    path.write_text(render("run", index, [pack_group(rows, first.settings)], hostile), encoding="utf-8")
+    path.write_text(render("run", index, [group], hostile), encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--virtual-time-budget=5000", "--dump-dom"]
     command += [f"{path.as_uri()}#/train/1/0/2/5", f"--user-data-dir={tmp_path / 'profile'}"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout

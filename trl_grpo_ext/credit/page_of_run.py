@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .embed import pack_group
+from .embed import Vocabulary, pack_group
 from .figures import curve_order, figures_of_rows, figures_of_state, find_state, on_loss_tokens
 from .findings import find_all, groups_of, total
 from .read import read_credit
@@ -34,6 +34,7 @@ def page_of_run(run_folder: Path) -> tuple[str, dict[str, str]]:
         raise FileNotFoundError(f"{run_folder} has no recorded step that can be read. {log.passed_over or ''}")
     steps: list[dict[str, Any]] = []
     groups: list[str] = []
+    vocabulary = Vocabulary()
     rows: list[dict[str, Any]] = []
     recorded: dict[int, dict[str, float]] = {}
     for step in log.steps:
@@ -42,20 +43,29 @@ def page_of_run(run_folder: Path) -> tuple[str, dict[str, str]]:
         described = []
         for (_, number), group in groups_of(step_rows).items():
             described.append(describe_group(number, group, len(groups)))
-            groups.append(pack_group(group, step.settings))
+            groups.append(pack_group(group, step.settings, vocabulary))
         steps.append({"mode": step.mode, "step": step.step, "groups": described, "settings": step.settings})
         if step.mode == "train":
             recorded[step.step] = figures
-            rows += step_rows
+            rows += [without_sums(row) for row in step_rows]
     state = find_state(run_folder)
     figures = recorded if state is None else figures_of_state(state)
     index = {
         "sources": [source["name"] for source in (rows or log.steps[0].rows())[0]["sources"]],
+        "vocabulary": vocabulary.tokens,
         "steps": steps,
         "curves": curves(figures),
         "findings": [finding._asdict() for finding in find_all(rows, figures or recorded)],
     }
     return render(run_folder.resolve().name, index, groups, note_of(state, log.passed_over)), log.passed_over
+
+
+def without_sums(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What findings are made from: a run's rows as they are may not fit into memory."""
+    heavy = ("trainer_logprobs", "old_logprobs", "ref_logprobs", "inference_logprobs", "entropy")
+    of_source = ("name", "is_steps", "ends", "returned", "transformed", "withheld")
+    kept = {name: value for name, value in row.items() if name not in heavy}
+    return {**kept, "sources": [{name: source[name] for name in of_source} for source in row["sources"]]}
 
 
 def describe_group(number: int, rows: Sequence[Mapping[str, Any]], blob: int) -> dict[str, Any]:

@@ -50,24 +50,35 @@ async function openGroup(blob) {
   const content = new Uint8Array(await new Response(stream).arrayBuffer());
   const size = new DataView(content.buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(content.subarray(4, 4 + size)));
-  const arrays = header.arrays.map(([offset, count, width]) => {
-    // Byte by byte: the lowest bytes of all values come first
-    const bytes = new Uint8Array(count * width);
-    const start = 4 + size + offset;
-    for (let plane = 0; plane < width; plane++)
-      for (let i = 0; i < count; i++) bytes[i * width + plane] = content[start + plane * count + i];
-    return width === 4 ? new Float32Array(bytes.buffer) : new Float64Array(bytes.buffer);
-  });
-  const group = { rows: header.rows.map((row) => openRow(row, arrays)) };
+  const array = (place) => (place === null || place === undefined ? null : decode(...header.arrays[place], content, 4 + size));
+  const group = { rows: header.rows, array, derived: false };
+  for (const row of group.rows) {
+    const places = new Uint32Array(array(row.tokens).buffer);
+    row.tokens = Array.from(places, (place) => index.vocabulary[place][1]);
+    row.ids = Array.from(places, (place) => index.vocabulary[place][0]);
+  }
   opened.set(blob, group);
   if (opened.size > 60) opened.delete(opened.keys().next().value);
   return group;
 }
-function openRow(row, arrays) {
-  const array = (place) => (place === null || place === undefined ? null : arrays[place]);
-  const count = row.lengths.length;
-  let at = 0;
-  row.tokens = row.lengths.map((length) => row.text.slice(at, (at += length)));
+// Byte by byte: the lowest bytes of all values come first
+function decode(offset, count, width, content, start) {
+  const bytes = new Uint8Array(count * width);
+  for (let plane = 0; plane < width; plane++)
+    for (let i = 0; i < count; i++) bytes[i * width + plane] = content[start + offset + plane * count + i];
+  return width === 4 ? new Float32Array(bytes.buffer) : new Float64Array(bytes.buffer);
+}
+// Numbers of a group that is looked at; a search needs none
+function openNumbers(group, settings) {
+  if (group.derived) return;
+  group.derived = true;
+  for (const row of group.rows) {
+    openRow(row, group.array, settings);
+    derive(row, settings);
+  }
+}
+function openRow(row, array, settings) {
+  const count = row.tokens.length;
   row.counts = new Array(count).fill(true);
   for (const t of row.masked) row.counts[t] = false;
   for (const name of ["advantages", "kl", "entropy", "logprobs", "ratio"]) row[name] = array(row[name]);
@@ -75,6 +86,7 @@ function openRow(row, arrays) {
     for (const name of ["mean", "std", "divisor", "return", "share"]) source[name] = array(source[name]);
     source.reward = dense(source.reward, count);
     source.shaped = source.shaped === undefined ? source.reward : dense(source.shaped, count);
+    if (!source.std && source.divisor) source.std = source.divisor.map((value) => value - settings.advantage_eps);
   }
   return row;
 }
@@ -106,6 +118,7 @@ function derive(row, settings) {
       source.share[t] = (source.weight * compared) / row.batch_divisor;
     }
   }
+  if (!row.advantages) row.advantages = Float64Array.from(row.tokens, (_, t) => (row.counts[t] ? row.sources.reduce((sum, source) => sum + source.share[t], row.offset) : NaN));
 }
 
 // ---- Colours
@@ -183,7 +196,7 @@ async function show() {
   if (!sameGroup) {
     const group = await openGroup(place.group.blob);
     if (state.place !== place) return;
-    group.rows.forEach((row) => derive(row, place.entry.settings));
+    openNumbers(group, place.entry.settings);
     state.group = group;
     main.replaceChildren(...groupPage(place, group));
     window.scrollTo(0, 0);
@@ -344,7 +357,7 @@ function paint() {
 }
 function underline() {
   for (const row of state.group.rows) {
-    const text = row.text.toLowerCase();
+    const text = row.tokens.join("").toLowerCase();
     let from = text.indexOf(state.query), end = 0;
     row.tokens.forEach((token, t) => {
       const start = end;
@@ -414,11 +427,12 @@ async function find(query, list, status) {
       if (state.place !== place) return;
       if (group.prompt.toLowerCase().includes(query)) add(entry, group, undefined, undefined, group.prompt, "prompt");
       for (const row of rows) {
-        const at = row.text.toLowerCase().indexOf(query);
+        const text = row.tokens.join("");
+        const at = text.toLowerCase().indexOf(query);
         if (at < 0) continue;
         let end = 0;
-        const token = row.lengths.findIndex((length) => (end += length) > at);
-        add(entry, group, row.completion, token, row.text.slice(Math.max(0, at - 60), at + 120), "completion " + row.completion);
+        const token = row.tokens.findIndex((piece) => (end += piece.length) > at);
+        add(entry, group, row.completion, token, text.slice(Math.max(0, at - 60), at + 120), "completion " + row.completion);
       }
       if (found >= 200) { status.textContent = "The last 200 places:"; return; }
     }
