@@ -24,6 +24,7 @@ from tests.support.training import (
 from trl_grpo_ext import GRPOExtConfig, StepRewards
 from trl_grpo_ext.credit.columns import COLUMNS
 from trl_grpo_ext.credit.log import credit_file, token_texts, write_rows
+from trl_grpo_ext.credit.page_of_run import page_of_run
 from trl_grpo_ext.credit.read import read_credit
 from trl_grpo_ext.steps.alignment import align_tokens
 
@@ -121,6 +122,38 @@ def test_evaluation_micro_batches_and_the_end_of_training_are_recorded_once_each
     (evaluated,) = [step for step in read_credit(tmp_path).steps if step.mode == "eval"]
     assert [row["group"] for row in evaluated.rows()] == [0] * 4
     assert all(row["kl"] is None and row["entropy"] is not None for row in evaluated.rows())
+
+
+def test_tool_output_and_truncated_completions_carry_nothing(tiny_model, tmp_path):
+    """The second token is a tool's; the last completion has no end-of-sequence token and is masked."""
+    rows = FixedCompletions(
+        [[5, 6]] * 4,
+        [[7, 8, 9, 2], [10, 11, 12, 2], [13, 2], [14] * 16],
+        env_mask=[[1, 0, 1, 1], [1, 0, 1, 1], [1, 1], [1] * 16],
+    )
+
+    def judge(completion_ids, **columns):
+        return [[0.1 * token for token in range(len(ids))] for ids in completion_ids]
+
+    def answer(row, **columns):
+        return [float(number) for number in row]
+
+    trainer, (found,) = credit_of(tiny_model, tmp_path, [judge, answer], rows, mask_truncated_completions=True)
+    (batch,) = trainer.batches
+    for n, row in enumerate(found):
+        mask = torch.tensor(row["loss_mask"])
+        assert mask.tolist() == (rows.env_mask[n] if n < 3 else [0] * 16)
+        summed = row["offset"] + sum(filled(source["share"]) for source in row["sources"])
+        trained = batch["advantages"][n, : len(mask)].double()
+        torch.testing.assert_close(summed[mask], trained[mask], rtol=0, atol=1e-5)
+        assert summed[~mask].isnan().all()
+        steps, outcome = row["sources"]
+        assert len(steps["returned"]) == len(mask) and outcome["returned"] == [float(n)]
+        assert [value is not None for value in steps["reward"]] == mask.tolist()
+        assert sum(value is not None for value in outcome["reward"]) == (n < 3)
+    assert [row["truncated"] for row in found] == [False, False, False, True]
+    page, _ = page_of_run(tmp_path)
+    assert "Truncated completions" in page
 
 
 class Bounded(RecordingExtTrainer):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny_models import save_tiny_model
+from trl_grpo_ext.credit.read import read_credit
 
 
 BENCH = Path(__file__).parents[2] / "recipes" / "bench"
@@ -114,3 +115,10 @@ def test_step(measured, tiny_model):
             for what in whats[:2]
         )
         assert part < whole
+
+
+def test_the_log_of_credit_that_is_made_up_has_a_report(run, tmp_path, capsys):
+    run("credit_report", str(tmp_path), "--completions", "32", "--tokens", "50")
+    assert "credit.html (0.1 MB)" in capsys.readouterr().out
+    assert len(read_credit(tmp_path).steps) == 2
+    assert all(row["explained"] for step in read_credit(tmp_path).steps for row in step.rows())

@@ -15,6 +15,8 @@ _PHRASE = 5
 _REPEATS = 3
 # Tokens of a phrase that is shown
 _LONGEST = 40
+# Characters of a text that a sentence shows
+_SHOWN = 100
 # Share of the late completions that has to repeat it
 _COMMON = 0.2
 # A change that is worth a word
@@ -76,6 +78,11 @@ def find_all(rows: Sequence[Row], figures: Mapping[int, Mapping[str, float]]) ->
         found += finder(rows)
     order = ("gaming", "signal", "note")
     return sorted(found, key=lambda finding: order.index(finding.kind))
+
+
+def shorten(text: str) -> str:
+    """What a sentence shows of a text."""
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ def repeated_phrases(rows: Sequence[Row]) -> list[Finding]:
         return []
     row, starts = shown[phrase]
     token = starts[0]
-    words = "".join(row["tokens"][token : token + period(row["token_ids"], starts)])
+    words = shorten("".join(row["tokens"][token : token + period(row["token_ids"], starts)]))
     text = (
         f"{words!r} stands {_REPEATS} times or more in {share:.0%} of the late completions ({share_early:.0%} of the "
         f"early ones); {len(starts)} times in the one that is linked."
@@ -286,7 +293,7 @@ def kl_outliers(rows: Sequence[Row]) -> list[Finding]:
     outliers = sum(other >= mean + _OUTLYING * spread for other in values)
     text = (
         f"{outliers} of {len(values)} tokens have a KL of {_OUTLYING:g} standard deviations above the mean "
-        f"({mean:.2g} nats). The largest, {row['tokens'][token]!r}, has {value:.2f} nats."
+        f"({mean:.2g} nats). The largest, {shorten(row['tokens'][token])!r}, has {value:.2f} nats."
     )
     return [Finding("signal", "KL outliers", text, link_to(row, token))]
 

@@ -151,7 +151,7 @@ def completion_row(
     judged = [judgement(*rewards, last_token) for rewards in judgements]
     ends = {end for source in judged if source["is_steps"] for end in source["ends"]}
     return {
-        "prompt": str(tokenizer.decode(list(prompt_ids))),
+        "prompt": str(tokenizer.decode(list(prompt_ids), clean_up_tokenization_spaces=False)),
         "token_ids": list(token_ids),
         "tokens": token_texts(tokenizer, token_ids),
         "loss_mask": mask,

@@ -32,11 +32,11 @@ function number(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   const text = size >= 1e5 || size < 1e-3 ? value.toExponential(digits - 1) : Number(value.toPrecision(digits)).toString();
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 // Control and direction characters would act on the page instead of being seen
 function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g, (c) => {
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g, (c) => {
     const code = c.charCodeAt(0);
     return code < 32 ? String.fromCharCode(0x2400 + code) : "⟨" + code.toString(16).toUpperCase().padStart(4, "0") + "⟩";
   });
@@ -145,11 +145,15 @@ function largest(rows, value) {
     }
   return most;
 }
-function background(value, most, kind) {
+// Shades are rules of a style sheet: thousands of styles of their own would take the browser longer
+const SHADES = 32;
+for (const colour of ["plus", "minus", "amount"])
+  for (let depth = 1; depth <= SHADES; depth++)
+    document.styleSheets[0].insertRule(`.t[data-shade="${colour}${depth}"] { background: rgba(var(--${colour}), calc(var(--strength) * ${depth / SHADES})) }`);
+function shade(value, most, kind) {
   if (value === null || value === undefined || Number.isNaN(value) || !most) return "";
-  const colour = kind === SIGNED ? (value > 0 ? "--plus" : "--minus") : "--amount";
-  const depth = Math.min(1, Math.abs(value) / most);
-  return depth < 0.004 ? "" : `rgba(var(${colour}), calc(var(--strength) * ${depth.toFixed(3)}))`;
+  const depth = Math.round(Math.min(1, Math.abs(value) / most) * SHADES);
+  return depth === 0 ? "" : (kind === SIGNED ? (value > 0 ? "plus" : "minus") : "amount") + depth;
 }
 function legend(most, kind) {
   const at = (colour, strength) => `rgba(var(${colour}), calc(var(--strength) * ${strength}))`;
@@ -307,10 +311,12 @@ function samePrompt(place) {
 function groupPage(place, group) {
   const options = choices(place.entry.settings);
   if (!options[state.colour]) state.colour = "advantage";
-  const menu = el("select", { id: "colour", on: { change: () => { state.colour = menu.value; paint(); } } }, Object.entries(options).map(([value, [label]]) => el("option", { value, selected: value === state.colour ? "" : null }, label)));
-  const bar = el("div", { class: "bar" }, el("label", {}, "Colour by ", menu), el("span", { id: "scale" }));
+  const menu = el("select", { id: "colour", on: { change: () => { state.colour = menu.value; paint(scale); } } }, Object.entries(options).map(([value, [label]]) => el("option", { value, selected: value === state.colour ? "" : null }, label)));
+  const scale = el("span", { id: "scale" });
+  const bar = el("div", { class: "bar" }, el("label", {}, "Colour by ", menu), scale);
   const boxes = group.rows.map((row) => completionBox(row));
-  setTimeout(paint);
+  // Before the page has them, so that it is laid out once
+  paint(scale);
   return [
     el("h2", {}, `Step ${place.step}, group ${place.group.group}`),
     el("div", { class: "box prompt" }, visible(place.group.prompt)), samePrompt(place), bar,
@@ -322,7 +328,9 @@ function completionBox(row) {
   row.elements = row.tokens.map((token, t) => {
     // Bytes of a character that ends later have no text of their own
     const shown = token === "" ? "·" : visible(token).replace(/\n/g, "⏎\n");
-    const element = el("span", { class: row.counts[t] ? "t" : "t off" }, shown);
+    const element = document.createElement("span");
+    element.className = row.counts[t] ? "t" : "t off";
+    element.textContent = shown;
     element.dataset.t = t;
     text.append(element);
     row.sources.forEach((source, k) => {
@@ -346,13 +354,12 @@ function completionBox(row) {
   const heading = el("h3", {}, `Completion ${row.completion} `, el("span", {}, `${row.tokens.length} tokens${row.truncated ? ", truncated" : ""} · ${totals.join(" · ")}`));
   return el("section", { class: "completion", id: "completion-" + row.completion }, heading, text);
 }
-function paint() {
-  if (!state.group) return;
+function paint(scale) {
   const [, kind, value] = choices(state.place.entry.settings)[state.colour];
   const most = largest(state.group.rows, value);
   for (const row of state.group.rows)
-    row.elements.forEach((element, t) => { element.style.background = row.counts[t] ? background(value(row, t), most, kind) : ""; });
-  document.getElementById("scale").replaceChildren(legend(most, kind));
+    row.elements.forEach((element, t) => { element.dataset.shade = row.counts[t] ? shade(value(row, t), most, kind) : ""; });
+  scale.replaceChildren(legend(most, kind));
   if (state.query) underline();
 }
 function underline() {
