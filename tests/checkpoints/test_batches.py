@@ -40,7 +40,7 @@ SHAPES = {
     "kl_estimator": "k2",
 }
 # They act on a batch when its loss is computed, or on how its rewards are computed and not on what they are
-SHAPE_NO_BATCH = {"kl_direction", "kl_reduction", "logits_memory_bytes", "reward_batch_tokens"}
+SHAPE_NO_BATCH = {"kl_direction", "kl_reduction", "log_credit", "logits_memory_bytes", "reward_batch_tokens"}
 
 
 def settings(sources=("vowels",), weights=(1.0,), processes=1, **options):

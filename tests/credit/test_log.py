@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from pyarrow import parquet
+from transformers import AutoModelForCausalLM
 
 from tests.credit.runs import EVERY_FORM, credit_of
 from tests.support import distributed_worker
@@ -100,6 +101,31 @@ def test_columns_hold_what_the_sources_returned_and_the_loss_saw(tiny_model, tmp
     # The gate's reward is negative
     assert outcome["withheld"] and outcome["reward"] == [None] * 4
     assert found[1]["sources"][0]["returned"] == [] and not found[1]["sources"][0]["is_steps"]
+
+
+def test_old_log_probs_are_the_tokens_own_with_a_sequences_ratio_too(tiny_model, tmp_path):
+    """Two updates on a batch, each of which sees other rows for the first time."""
+    rows = fixed_completions([3, 5, 4, 6])
+    before = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    _, (found,) = credit_of(
+        tiny_model,
+        tmp_path,
+        rows=rows,
+        num_generations=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+        max_steps=2,
+        learning_rate=0.5,
+        importance_sampling_level="sequence_token",
+    )
+    moved = []
+    for n, row in enumerate(found):
+        logps_TV = torch.log_softmax(dense_logits(before, rows, n, 1.0), -1).detach()
+        expected = logps_TV[torch.arange(len(logps_TV)), torch.tensor(rows.completion_ids[n])].double()
+        torch.testing.assert_close(filled(row["old_logprobs"]), expected, rtol=0, atol=1e-5)
+        moved.append((filled(row["trainer_logprobs"]) - expected).abs().max().item() > 1e-3)
+    assert sorted(moved) == [False, False, True, True]
 
 
 def test_evaluation_micro_batches_and_the_end_of_training_are_recorded_once_each(tiny_model, tmp_path):

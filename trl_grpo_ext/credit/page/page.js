@@ -265,6 +265,9 @@ function breakable(name) {
 function exportChart(picture, name, kind) {
   const copy = picture.cloneNode(true);
   copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+  // Room for the name, which stands beside the picture on the page
+  copy.setAttribute("viewBox", "0 -20 340 170");
+  copy.append(svg("text", { x: 46, y: -6 }, visible(name)));
   copy.querySelectorAll(".hit").forEach((hit) => hit.remove());
   copy.append(svg("style", {}, "text{font:11px sans-serif;fill:#333}.axis{stroke:#999}.curve{fill:none;stroke:#0b57a4;stroke-width:1.6}.dot{fill:#0b57a4}"));
   const source = new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" });
@@ -276,7 +279,7 @@ function exportChart(picture, name, kind) {
   if (kind === "SVG") return download(source, ".svg");
   const image = new Image();
   image.onload = () => {
-    const canvas = el("canvas", { width: 1360, height: 600 });
+    const canvas = el("canvas", { width: 1360, height: 680 });
     const context = canvas.getContext("2d");
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
