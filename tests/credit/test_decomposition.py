@@ -12,7 +12,7 @@ from trl_grpo_ext.advantages.returns import plain_discounted_returns
 from trl_grpo_ext.credit.decomposition import decompose
 
 
-few = settings(dozen, max_examples=4)
+few = settings(dozen, max_examples=3)
 
 
 def decomposed(batch, options):
@@ -53,7 +53,10 @@ def test_each_share_follows_from_return_mean_divisor_and_weight(batch, estimator
         any_ends_NT = (~found.rewards_KNT.isnan()).any(0)
         # The sum of step rewards is discounted as one
         summed = not normalizes_returns and order == "sum_then_normalize"
-        ends_NT = (any_ends_NT if summed else own_ends_NT) if unit == "step" else None
+        mask_NT = torch.tensor(batch.mask).bool()
+        # A turn ends where the loss mask does
+        turn_ends_NT = mask_NT & ~torch.nn.functional.pad(mask_NT[:, 1:], (0, 1))
+        ends_NT = {"token": None, "step": any_ends_NT if summed else own_ends_NT, "turn": turn_ends_NT}[unit]
         for n, mask_T in enumerate(batch.mask.astype(bool)):
             # Tokens outside the mask neither discount nor shift
             ends_1T = None if ends_NT is None else ends_NT[n : n + 1, mask_T]

@@ -24,6 +24,7 @@ from tests.support.training import (
 )
 from trl_grpo_ext import GRPOExtConfig, StepRewards
 from trl_grpo_ext.credit.columns import COLUMNS
+from trl_grpo_ext.credit.embed import Vocabulary, pack_group, unpack_group
 from trl_grpo_ext.credit.log import credit_file, token_texts, write_rows
 from trl_grpo_ext.credit.page_of_run import page_of_run
 from trl_grpo_ext.credit.read import read_credit
@@ -150,7 +151,9 @@ def test_evaluation_micro_batches_and_the_end_of_training_are_recorded_once_each
     assert all(row["kl"] is None and row["entropy"] is not None for row in evaluated.rows())
 
 
-def test_tool_output_and_truncated_completions_carry_nothing(tiny_model, tmp_path):
+@pytest.mark.parametrize("gamma_unit", ["token", "turn"])
+@pytest.mark.parametrize("estimator", ["position", "pooled"])
+def test_tool_output_and_truncated_completions_carry_nothing(estimator, gamma_unit, tiny_model, tmp_path):
     """The second token is a tool's; the last completion has no end-of-sequence token and is masked."""
     rows = FixedCompletions(
         [[5, 6]] * 4,
@@ -164,7 +167,10 @@ def test_tool_output_and_truncated_completions_carry_nothing(tiny_model, tmp_pat
     def answer(row, **columns):
         return [float(number) for number in row]
 
-    trainer, (found,) = credit_of(tiny_model, tmp_path, [judge, answer], rows, mask_truncated_completions=True)
+    forms = {"advantage_estimator": estimator, "gamma_unit": gamma_unit, "gamma": 0.5}
+    trainer, (found,) = credit_of(
+        tiny_model, tmp_path, [judge, answer], rows, mask_truncated_completions=True, **forms
+    )
     (batch,) = trainer.batches
     for n, row in enumerate(found):
         mask = torch.tensor(row["loss_mask"])
@@ -180,6 +186,10 @@ def test_tool_output_and_truncated_completions_carry_nothing(tiny_model, tmp_pat
     assert [row["truncated"] for row in found] == [False, False, False, True]
     page, _ = page_of_run(tmp_path)
     assert "Truncated completions" in page
+    # What the page computes by itself is right with tools, too
+    (step,) = read_credit(tmp_path).steps
+    packed, _ = unpack_group(pack_group(found, step.settings, Vocabulary()))
+    assert all(row["advantages"] is None for row in packed)
 
 
 class Bounded(RecordingExtTrainer):

@@ -60,7 +60,8 @@ def sums(row, arrays, settings):
             earned = shaped[k][t] or 0.0
             if not of_returns:
                 earned = (earned - mean[t]) / divisor[t] if ends and differs else 0.0
-            following = earned + (source["gamma"] if settings["gamma_unit"] == "token" or ends else 1.0) * following
+            discounts = {"token": True, "step": ends, "turn": t + 1 == count or t + 1 in masked}
+            following = earned + (source["gamma"] if discounts[settings["gamma_unit"]] else 1.0) * following
             share = following
             if of_returns:
                 share = (following - mean[t]) / divisor[t] if differs else 0.0

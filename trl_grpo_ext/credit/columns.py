@@ -32,7 +32,7 @@ Each of the `sources`:
 | `name`, `weight`, `gamma`, `transform`, `gate` | its settings |
 | `is_steps` | whether it has judged steps or tokens, not the completion as a whole |
 | `ends` | token that ends each step; of one number for the completion its last loss token |
-| `returned` | rewards of these steps as the source returned them, null where it gave none |
+| `returned` | rewards of these steps as the source returned them, null where it gave none; on one token their sum |
 | `transformed` | the same after the source's transform |
 | `withheld` | whether its gate keeps all of them from counting |
 | `reward` | on tokens: the rewards that count, after transform, gate and loss mask |

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..advantages.combine import Sources, compare_with_batch, gamma_per_source
+from ..advantages.combine import Sources, compare_with_batch, make_sources
 from ..advantages.estimators import Estimator, EstimatorInputs, find_comparison, find_estimator
 from ..advantages.normalization import Comparison, pack_order
 
@@ -90,8 +90,7 @@ def decompose(
         [`Decomposition`] whose `advantages_NT` are those advantages up to rounding, or NaN where they are not known.
     """
     row = find_estimator(estimator).with_options(options or {})
-    gammas = gamma_per_source(gamma, len(weights_K))
-    everything = Sources(rewards_KNT, mask_NT.bool(), weights_K.to(rewards_KNT), gammas, gamma_unit, group_size)
+    everything = make_sources(rewards_KNT, mask_NT, weights_K, group_size, gamma=gamma, gamma_unit=gamma_unit)
     order_NT = pack_order(everything.mask_NT)
     everything = everything.packed(order_NT)
     sources = everything.without_weight_0()

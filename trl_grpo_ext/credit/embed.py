@@ -122,8 +122,11 @@ def derived(row: Mapping[str, Any], k: int, settings: Mapping[str, Any]) -> tupl
     divisor = _numbers(source["divisor"])[mask]
     if not normalizes_returns:
         earned = np.nan_to_num((earned - mean) / divisor) * ends
-    step_ends = torch.from_numpy(ends)[None] if settings["gamma_unit"] == "step" else None
-    returns = discounted_returns(torch.from_numpy(earned)[None], source["gamma"], step_ends)[0].numpy()
+    # Where the discount acts, if not everywhere; a turn ends where the loss mask does
+    turn_ends = ~np.append(mask[1:], False)[mask]
+    unit_ends = {"step": ends, "turn": turn_ends}.get(settings["gamma_unit"])
+    ends_1T = None if unit_ends is None else torch.from_numpy(unit_ends)[None]
+    returns = discounted_returns(torch.from_numpy(earned)[None], source["gamma"], ends_1T)[0].numpy()
     shares = np.nan_to_num((returns - mean) / divisor) if normalizes_returns else returns
     found = np.full((2, len(mask)), math.nan)
     found[:, mask] = returns, source["weight"] * shares / row["batch_divisor"]

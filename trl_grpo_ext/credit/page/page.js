@@ -112,7 +112,9 @@ function derive(row, settings) {
       const differs = source.divisor && !Number.isNaN(source.divisor[t]);
       let earned = source.shaped[t] || 0;
       if (!normalizesReturns) earned = ends && differs ? (earned - source.mean[t]) / source.divisor[t] : 0;
-      following = earned + (settings.gamma_unit === "token" || ends ? source.gamma : 1) * following;
+      // A turn ends where the loss mask does
+      const discounts = { token: true, step: ends, turn: !row.counts[t + 1] }[settings.gamma_unit];
+      following = earned + (discounts ? source.gamma : 1) * following;
       source.return[t] = following;
       const compared = normalizesReturns ? (differs ? (following - source.mean[t]) / source.divisor[t] : 0) : following;
       source.share[t] = (source.weight * compared) / row.batch_divisor;
