@@ -65,15 +65,26 @@ def judge_answer(problem: list[str], completions: list[list[Message]], **columns
     return [float(is_right_answer(asked, completion)) for asked, completion in zip(problem, completions, strict=True)]
 
 
-# Where the same two judgements are placed. With gamma 1 nothing is discounted between the turns
+# Where the same two judgements are placed. With gamma 1 nothing is discounted between the turns. The learning rates
+# are the best of `two_turns/grid.csv`
 METHODS: dict[str, dict[str, Any]] = {
     # MT-GRPO: each turn's rewards compared with those of the same turn of the other completions
-    "turns, by step": {"supervision": "process", "advantage_estimator": "step", "gamma": 1.0},
+    "turns, by step": {
+        "supervision": "process",
+        "advantage_estimator": "step",
+        "gamma": 1.0,
+        "learning_rate": 2e-4,
+    },
     # The return from each token on, compared with the other completions' at the same token
-    "turns, by position": {"supervision": "process", "position_baseline": "leave_one_out", "gamma": 1.0},
+    "turns, by position": {
+        "supervision": "process",
+        "position_baseline": "leave_one_out",
+        "gamma": 1.0,
+        "learning_rate": 2e-4,
+    },
     # TRL's own: one advantage for all tokens of a completion, from the sum of both rewards, or from the answer alone
-    "sum per completion": {"supervision": "outcome"},
-    "answer only": {"supervision": "outcome", "reward_weights": [0.0, 1.0]},
+    "sum per completion": {"supervision": "outcome", "learning_rate": 2e-4},
+    "answer only": {"supervision": "outcome", "reward_weights": [0.0, 1.0], "learning_rate": 2e-4},
 }
 
 
@@ -87,14 +98,11 @@ class CalculatorArguments(SumsArguments):
     num_held_out: int = field(default=256, metadata={"help": "Problems to evaluate on."})
     warmup_steps: int = field(default=400, metadata={"help": "Most updates of the supervised warm-up."})
     evaluation_steps: int = field(default=20, metadata={"help": "GRPO updates from one evaluation to the next."})
-    methods: list[str] = field(default_factory=lambda: ["turns, by step"], metadata={"help": "Names in METHODS."})
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "A warm-up and a run of each method each."}
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Names in METHODS."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each is a warm-up, then all methods."})
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Train each method with each of these, in place of its own."}
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-4], metadata={"help": "One for all methods, or one each, or with `grid` any."}
-    )
-    grid: bool = field(default=False, metadata={"help": "Run each method with each learning rate."})
     csv: str | None = field(default=None, metadata={"help": "File that rows are added to, after each run."})
 
 
@@ -115,11 +123,30 @@ class Evaluations(TrainerCallback):
 
 
 def make_trainer(
-    args: CalculatorArguments, method: str, learning_rate: float, policy: LlamaForCausalLM, problems: list[str]
-):
-    """A trainer of this policy with TRL's tool loop."""
-    settings = training_settings(args) | METHODS[method]
-    settings |= {"learning_rate": learning_rate, "max_completion_length": MAX_COMPLETION_LENGTH}
+    args: CalculatorArguments,
+    method: str,
+    policy: LlamaForCausalLM,
+    problems: list[str],
+    learning_rate: float | None = None,
+) -> GRPOExtTrainer:
+    """
+    A trainer that uses TRL's tool loop.
+
+    Args:
+        args (`CalculatorArguments`):
+            Lengths and batch sizes.
+        method (`str`):
+            A key of [`METHODS`].
+        policy (`LlamaForCausalLM`):
+            Is trained in place.
+        problems (`list[str]`):
+            To train on.
+        learning_rate (`float`, *optional*):
+            In place of the method's own.
+    """
+    settings = training_settings(args) | {"max_completion_length": MAX_COMPLETION_LENGTH} | METHODS[method]
+    if learning_rate is not None:
+        settings["learning_rate"] = learning_rate
     return GRPOExtTrainer(
         model=policy,
         processing_class=TOKENIZER,
@@ -138,16 +165,22 @@ def generated_tokens(trainer: GRPOExtTrainer) -> list[int]:
     return [0, *(round(tokens) for tokens in accumulate(per_update * length for length in lengths))]
 
 
-def run(args: CalculatorArguments, method: str, learning_rate: float, policy, problems: Problems) -> list[dict]:
-    """Train a copy of the policy, and return a row for each evaluation."""
-    trainer = make_trainer(args, method, learning_rate, copy.deepcopy(policy), problems.grpo)
+def run(
+    args: CalculatorArguments,
+    method: str,
+    policy: LlamaForCausalLM,
+    problems: Problems,
+    learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Train a copy of the policy as [`make_trainer`] says, and return a row for each evaluation."""
+    trainer = make_trainer(args, method, copy.deepcopy(policy), problems.grpo, learning_rate)
     trainer.remove_callback(PrinterCallback)
     evaluations = Evaluations(problems.held_out, args.evaluation_steps)
     trainer.add_callback(evaluations)
     start = time.perf_counter()
     trainer.train()
     tokens = generated_tokens(trainer)
-    run_columns = {"method": method, "learning_rate": learning_rate, "seed": args.seed}
+    run_columns = {"method": method, "learning_rate": trainer.args.learning_rate, "seed": args.seed}
     context = {"seconds": round(time.perf_counter() - start, 1), "trl": trl.__version__, "torch": torch.__version__}
     return [
         run_columns | {"update": update, "tokens": tokens[update]} | score._asdict() | context
@@ -165,12 +198,12 @@ def append(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def choices(args: CalculatorArguments) -> list[tuple[str, float]]:
-    """Methods with their learning rates."""
-    if args.grid:
-        return list(product(args.methods, args.learning_rates))
-    rates = args.learning_rates if len(args.learning_rates) > 1 else args.learning_rates * len(args.methods)
-    return list(zip(args.methods, rates, strict=True))
+def print_run(rows: list[dict[str, Any]]) -> None:
+    """A line for a run."""
+    accuracies = " -> ".join(f"{row['accuracy']:.0%}" for row in rows)
+    last = rows[-1]
+    name = f"seed {last['seed']}, {last['method']}, learning rate {last['learning_rate']:g}"
+    print(f"{name}: accuracy {accuracies}, {last['tokens']} tokens in {last['seconds']:.0f} s", flush=True)
 
 
 def main(args: CalculatorArguments) -> None:
@@ -185,10 +218,9 @@ def main(args: CalculatorArguments) -> None:
             grpo=args.max_steps * args.num_prompts,
         )
         policy = warm_up(problems.warm_up, problems.validation, stop_at=args.warmup_accuracy)
-        for method, learning_rate in choices(args):
-            rows = run(args, method, learning_rate, policy, problems)
-            accuracies = ", ".join(f"{row['accuracy']:.0%}" for row in rows)
-            print(f"seed {seed}, {method}, {learning_rate}: {accuracies} in {rows[0]['seconds']:.0f} s", flush=True)
+        for method, learning_rate in product(args.methods, args.learning_rates or [None]):
+            rows = run(args, method, policy, problems, learning_rate)
+            print_run(rows)
             if args.csv:
                 append(Path(args.csv), rows)
 

@@ -105,7 +105,7 @@ def trained(policy, tmp_path_factory):
     args = CalculatorArguments(
         output_dir=str(tmp_path_factory.mktemp("calculator")), max_steps=1, num_prompts=1, num_generations=4
     )
-    trainer = recipe.make_trainer(args, "turns, by step", 1e-5, copy.deepcopy(policy), [PROBLEM])
+    trainer = recipe.make_trainer(args, "turns, by step", copy.deepcopy(policy), [PROBLEM])
     seen = {}
 
     def recorded(method, name):
@@ -152,7 +152,7 @@ def test_rewards_lie_on_the_ends_of_the_turns(trained):
 def test_the_evaluation_and_the_loop_of_trl_write_the_same(policy, tmp_path):
     problems = task.split_problems(1, held_out=8, validation=0, warm_up=0, grpo=0).held_out
     args = CalculatorArguments(output_dir=str(tmp_path), num_prompts=8, num_generations=2)
-    trainer = recipe.make_trainer(args, "answer only", 1e-5, copy.deepcopy(policy), problems)
+    trainer = recipe.make_trainer(args, "answer only", copy.deepcopy(policy), problems)
     # The likeliest token always, as in the evaluation
     trainer.generation_config.top_k = 1
     trainer.model.eval()
@@ -172,7 +172,7 @@ def test_a_short_run_writes_a_row_for_each_evaluation(policy, tmp_path):
         output_dir=str(tmp_path), max_steps=2, num_prompts=2, num_generations=2, num_held_out=4, evaluation_steps=1
     )
     problems = task.split_problems(0, held_out=4, validation=0, warm_up=0, grpo=4)
-    rows = recipe.run(args, "sum per completion", 1e-4, policy, problems)
+    rows = recipe.run(args, "sum per completion", policy, problems, learning_rate=1e-4)
     recipe.append(tmp_path / "rows.csv", rows)
     recipe.append(tmp_path / "rows.csv", rows)
     written = read(tmp_path / "rows.csv")
@@ -199,7 +199,7 @@ def test_the_committed_rows_are_complete():
     assert set(found) <= set(recipe.METHODS)
     for rows in found.values():
         assert [int(row["seed"]) for row in rows] == [0, 1, 2, 3, 4]
-        assert len({row["learning_rate"] for row in rows}) == 1
+        assert {float(row["learning_rate"]) for row in rows} == {recipe.METHODS[rows[0]["method"]]["learning_rate"]}
     # The same budget: completions are the same in number, and differ in length by a few tokens in a thousand
     tokens = [mean(int(row["tokens"]) for row in rows) for rows in found.values()]
     assert max(tokens) < 1.02 * min(tokens)
