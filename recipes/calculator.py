@@ -83,8 +83,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
     },
     # TRL's own: one advantage for all tokens of a completion, from the sum of both rewards, or from the answer alone
-    "sum per completion": {"supervision": "outcome", "learning_rate": 2e-4},
-    "answer only": {"supervision": "outcome", "reward_weights": [0.0, 1.0], "learning_rate": 2e-4},
+    "sum per completion": {"supervision": "outcome", "learning_rate": 4e-4},
+    "answer only": {"supervision": "outcome", "reward_weights": [0.0, 1.0], "learning_rate": 4e-4},
 }
 
 
