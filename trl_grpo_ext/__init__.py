@@ -49,6 +49,7 @@ from .reward_models.opening import load_reward_model, open_reward_models
 from .reward_models.presets import Preset
 from .reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from .rewards.batch import ScoredBatch
+from .rewards.turns import TurnRewards
 from .rewards.types import StepRewards
 from .steps.segmentation import Segmentation
 from .steps.step_reward import step_reward
@@ -70,6 +71,7 @@ __all__ = [
     "ScoredBatch",
     "Segmentation",
     "StepRewards",
+    "TurnRewards",
     "load_reward_model",
     "open_reward_models",
     "step_reward",

@@ -38,6 +38,7 @@ _PARAMETERS: dict[str, list[Any]] = {
         *("rollout_func", "environment_factory"),
     ],
     f"{_TRAINER}._tokenize_prompts": ["self", "prompts"],
+    f"{_TRAINER}._generate": ["self", "prompts"],
     f"{_TRAINER}._calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     f"{_TRAINER}._generate_and_score_completions": ["self", "inputs"],
     f"{_TRAINER}._get_per_token_logps_and_entropies": [

@@ -40,6 +40,8 @@ FILE_DIGESTS = ["1c3dc2253fb3", "20ae5bbfeca3", "3d7de1a28d39", "839b28adba1d", 
 FINGERPRINTS = {
     "trl.trainer.grpo_trainer:GRPOTrainer.__init__": "7d477239f4ae",
     "trl.trainer.grpo_trainer:GRPOTrainer._tokenize_prompts": "821c4b112f7f",
+    "trl.trainer.grpo_trainer:GRPOTrainer._generate": "9194dd69c704",
+    "trl.trainer.grpo_trainer:GRPOTrainer._tool_call_loop": "dc0624914dd5",
     "trl.trainer.grpo_trainer:GRPOTrainer._get_train_sampler": "42d184f55584",
     "trl.trainer.grpo_trainer:GRPOTrainer._prepare_inputs": "57987e888f2d",
     "trl.trainer.grpo_trainer:GRPOTrainer.training_step": "59569db2dabc",
@@ -90,6 +92,12 @@ MIRRORED = {
         ("trainer.py", "kl/trainer.py", "kl/reference.py", "kl/cached_reference.py"),
     ),
     f"{_TRAINER}._tokenize_prompts": Mirrored("prompts as lists of token ids", ("trainer.py",)),
+    f"{_TRAINER}._generate": Mirrored(
+        "the order of what it returns, the mask of the policy's tokens among it", ("trainer.py", "rewards/turns.py")
+    ),
+    f"{_TRAINER}._tool_call_loop": Mirrored(
+        "one message for each turn of the policy, and the order of tool results", ("rewards/turns.py",)
+    ),
     f"{_TRAINER}._get_train_sampler": Mirrored("which sampler orders the prompts", ("checkpoints/trainer.py",)),
     f"{_TRAINER}._prepare_inputs": Mirrored(
         "when a batch is generated, how it is cut into micro-batches, and where they are kept",

@@ -53,7 +53,8 @@ class GRPOExtConfig(GRPOConfig):
             Discount in `[0, 1]`, one for all reward sources or one per source.
         gamma_unit (`str`, *optional*, defaults to `"token"`):
             `"token"` discounts at every token, `"step"` only where a step ends: of the same source where each source
-            has returns of its own, else of any source.
+            has returns of its own, else of any source. `"turn"` discounts only where a turn ends, between which are
+            the outputs of tools or of an environment.
         advantage_eps (`float`, *optional*, defaults to `1e-4`):
             Added to the standard deviation that advantages are divided by. The default is TRL's.
         reward_transforms (`list[str]`, *optional*):
@@ -109,9 +110,9 @@ class GRPOExtConfig(GRPOConfig):
         default_factory=lambda: _GAMMA,
         metadata={"help": "Discount in [0, 1]: one for all reward sources, or one per source."},
     )
-    gamma_unit: Literal["token", "step"] = field(
+    gamma_unit: Literal["token", "step", "turn"] = field(
         default="token",
-        metadata={"help": "Discount at every token (`token`) or only where a step ends (`step`)."},
+        metadata={"help": "Discount at every token (`token`), or only where a step (`step`) or a turn (`turn`) ends."},
     )
     advantage_eps: float = field(
         default=ADVANTAGE_EPS,

@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
+
+# Later turns of a completion have no metric of their own
+TURNS_LOGGED = 10
 
 # A mean of equal numbers differs from them by no more than this share
 _ROUNDING = 1e-6
@@ -65,6 +69,51 @@ def step_metrics(
         metrics[f"rewards/{name}/steps"] = counts_N[has_any_N].double().mean().item()
         metrics[f"rewards/{name}/tokens_per_step"] = (tokens_N / counts_N)[has_any_N].mean().item()
     return metrics
+
+
+def turn_indices(mask_NT: torch.Tensor) -> torch.Tensor:
+    """For each loss token the index of its turn, a maximal run of loss tokens; -1 for other tokens, `(N, T)`."""
+    mask_NT = mask_NT.bool()
+    starts_NT = mask_NT & ~F.pad(mask_NT[:, :-1], (1, 0))
+    return (starts_NT.cumsum(1) - 1).where(mask_NT, -1)
+
+
+def turn_metrics(
+    names: Sequence[str], rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, has_steps_K: Sequence[bool]
+) -> dict[str, float]:
+    """
+    Turns per completion, loss tokens per turn, and what each source gives the completions' first, second, ... turn.
+
+    Args:
+        names, rewards_KNT, mask_NT, has_steps_K:
+            As for [`step_metrics`].
+
+    Returns:
+        `dict[str, float]`: empty where no completion has a second turn. `rewards/{source}/turn_{k}` is the mean, over
+        the completions whose k-th turn the source rewards, of the sum of its rewards there; k counts from 1.
+    """
+    turns_NT = turn_indices(mask_NT)
+    counts_N = turns_NT.amax(1) + 1
+    most = int(counts_N.max())
+    if most < 2:
+        return {}
+    metrics = {
+        "turns/per_completion": counts_N.double().mean().item(),
+        "turns/tokens": (mask_NT.sum() / counts_N.sum()).item(),
+    }
+    for name, rewards_NT, has_steps in zip(names, rewards_KNT, has_steps_K, strict=True):
+        for turn in range(min(most, TURNS_LOGGED) if has_steps else 0):
+            given_NT = (turns_NT == turn) & ~rewards_NT.isnan()
+            sums_N = rewards_NT.where(given_NT, 0.0).sum(1)
+            metrics[f"rewards/{name}/turn_{turn + 1}"] = sums_N[given_NT.any(1)].mean().item()
+    return metrics
+
+
+def turn_sums(advantages_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Sum of the advantages of the k-th turns' loss tokens, and the number of these tokens, `(TURNS_LOGGED, 2)`."""
+    turns_BT = turn_indices(mask_BT)
+    of_turns = [turns_BT == turn for turn in range(TURNS_LOGGED)]
+    return torch.stack([torch.stack([advantages_BT[own].sum(), own.sum()]) for own in of_turns]).float()
 
 
 def outcome_correlations(

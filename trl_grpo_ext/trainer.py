@@ -31,16 +31,25 @@ from .metrics import (
     positive_counts,
     step_metrics,
     step_shares,
+    turn_metrics,
+    turn_sums,
     unjudged_shares,
     withheld_shares,
 )
 from .model_card import ModelCardTrainer
 from .reward_models.opening import open_reward_models, prepare_reward_sources
-from .rewards.arguments import check_columns, check_row, check_source_columns, list_sources
+from .rewards.arguments import (
+    check_columns,
+    check_row,
+    check_source_columns,
+    check_tool_mask,
+    list_sources,
+)
 from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
 from .rewards.step_warnings import StepWarnings
+from .rewards.types import plain
 
 
 logger = logging.get_logger(__name__)
@@ -163,12 +172,13 @@ class GRPOExtTrainer(ModelCardTrainer):
         if rollout_func is None:
             check_source_columns(self.reward_funcs, self.reward_func_names, datasets)
         self._prepare_sources()
-        # A `reduce` that does not exist is known now
-        self._wrap_sources()
         # Of the batch that is being scored
+        self._tool_mask: list[list[int]] | None = None
         self._scored: _Scored | None = None
         self._first_completion = ""
         self._step_warnings = StepWarnings(args.supervision == "outcome")
+        # A `reduce` that does not exist is known now
+        self._wrap_sources()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts
@@ -201,6 +211,14 @@ class GRPOExtTrainer(ModelCardTrainer):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         return [[*ids, *self._separator_ids] for ids in prompt_ids], images, multimodal_fields
 
+    def _generate(self, prompts: list):
+        generated = super()._generate(prompts)
+        _, completion_ids, tool_mask, _, _, extra_fields, *_ = generated
+        check_tool_mask(tool_mask, completion_ids, extra_fields)
+        # A rollout function may return tensors
+        self._tool_mask = plain(tool_mask)
+        return generated
+
     # -----------------------------------------------------------------------------------------------------------------
     # Rewards
 
@@ -217,7 +235,9 @@ class GRPOExtTrainer(ModelCardTrainer):
         is_outcome = self.args.supervision == "outcome"
         sources = zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
         return [
-            source if isinstance(source, nn.Module) else wrap_source(source, name, transform, is_outcome)
+            source
+            if isinstance(source, nn.Module)
+            else wrap_source(source, name, transform, is_outcome, self._tool_mask)
             for source, name, transform in sources
         ]
 
@@ -317,6 +337,7 @@ class GRPOExtTrainer(ModelCardTrainer):
             has_steps_K = [steps > 0 for steps in batch.steps_K]
             # Of an outcome source TRL logs mean and std, and the number of its steps is always 1
             metrics |= step_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
+            metrics |= turn_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
             metrics |= outcome_correlations(batch.names, batch.rewards_KNT, has_steps_K, batch.group_size)
         return metrics
 
@@ -424,6 +445,11 @@ class GRPOExtTrainer(ModelCardTrainer):
         logged.extend(means)
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
         self._record({"advantages/positive_share": positive / max(counted, 1.0)})
+        # Under outcome supervision all turns of a completion have the same
+        if advantages.ndim == 2:
+            sums = total(self.accelerator, turn_sums(advantages, mask_BT))
+            turns = [(turn, value / tokens) for turn, (value, tokens) in enumerate(sums, 1) if tokens]
+            self._record({f"advantages/turn_{turn}": mean for turn, mean in turns} if len(turns) > 1 else {})
 
 
 def _open_sources(reward_funcs: Any, args: GRPOExtConfig) -> list[Any] | None:

@@ -14,7 +14,7 @@ from trl_grpo_ext.advantages.combine import process_advantages
 LABELS = ["position-all", "position-active", "position-leave_one_out", "pooled", "step", "min"]
 SCALES = ["group", "batch", "none"]
 ORDERS = ["sum_then_normalize", "normalize_then_sum"]
-UNITS = ["token", "step"]
+UNITS = ["token", "step", "turn"]
 
 few = settings(derandomize=True, deadline=None, max_examples=12)
 every_estimator = pytest.mark.parametrize("estimator", LABELS)

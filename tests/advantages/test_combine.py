@@ -99,7 +99,8 @@ def test_padding_columns_change_nothing(batch, estimator, scale, unit, order):
 @every_order
 @every_estimator
 @few
-@given(batch=batches, scale=st.sampled_from(SCALES), unit=st.sampled_from(UNITS))
+# What lies between two tokens decides where a turn ends
+@given(batch=batches, scale=st.sampled_from(SCALES), unit=st.sampled_from([unit for unit in UNITS if unit != "turn"]))
 def test_masked_tokens_in_the_middle_change_nothing(batch, estimator, scale, unit, order):
     """Tool output between a completion's own tokens: at different places in each completion."""
     options = batch.options(estimator, scale, order, unit)

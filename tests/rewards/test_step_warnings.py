@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.training import EOS, FixedCompletions, make_trainer, scored_batch
-from trl_grpo_ext import GRPOExtTrainer, StepRewards, step_reward
+from trl_grpo_ext import GRPOExtTrainer, Segmentation, StepRewards, step_reward
 from trl_grpo_ext.rewards.sources import RewardSource, StepCounts
 from trl_grpo_ext.rewards.step_warnings import StepWarnings
 
@@ -80,15 +80,51 @@ def test_the_steps_of_a_batch_are_counted():
     assert source.count_steps() == StepCounts(steps=3, unscored=1, with_several=1, without_step=1)
 
 
-@pytest.mark.parametrize(("mask", "share"), [([1] * 6, 0.0), ([1, 1, 1, 0, 1, 1], 1 / 3), ([1, 0, 1, 0, 0, 1], 1.0)])
-def test_steps_that_end_outside_the_loss_mask_are_counted(tiny_model, tmp_path, mask, share):
-    """The tokens are a, newline, b, newline, c, end: steps end at tokens 1, 3 and 4."""
+@pytest.mark.parametrize(("mask", "share"), [([1] * 6, 0.0), ([1, 1, 1, 0, 1, 1], 1 / 6), ([1, 0, 1, 0, 0, 1], 0.5)])
+def test_rewards_outside_the_loss_mask_are_counted(tiny_model, tmp_path, mask, share):
     rows = rows_of(["a\nb\nc"] * 4)
     rows.env_mask = [mask] * 4
-    judge = step_reward(lambda steps: [1.0] * len(steps), by="newline", name="judge")
+
+    def judge(completion_ids, **columns):
+        return [[1.0] * len(ids) for ids in completion_ids]
+
     trainer = trainer_of(judge, tiny_model, tmp_path, rows)
     scored_batch(trainer, 4)
     assert trainer._metrics["eval"]["rewards/judge/masked"] == [pytest.approx(share)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "steps", "by"),
+    [
+        ([1] * 6, {1: "a", 3: "b", 4: "c"}, "newline"),
+        # The newline within the turn ends a step, and the turn another
+        ([1, 1, 1, 0, 1, 1], {1: "a", 2: "b", 4: "c"}, "newline"),
+        # The third turn is the end alone
+        ([1, 0, 1, 0, 0, 1], {0: "a", 2: "b"}, "newline"),
+        ([1, 1, 1, 0, 1, 1], {2: "a\nb", 4: "c"}, "turn"),
+        ([1] * 6, {4: "a\nb\nc"}, "turn"),
+        ([1, 0, 1, 0, 1, 1], {0: "a", 4: "b\n\nc"}, Segmentation("turn", max_steps=2)),
+        ([1, 1, 1, 0, 1, 1], {2: "a\nb", 4: "c"}, Segmentation("newline", min_step_tokens=3)),
+    ],
+)
+def test_the_output_of_a_tool_belongs_to_no_step_and_ends_one(tiny_model, tmp_path, mask, steps, by):
+    """The tokens are a, newline, b, newline, c, end."""
+    seen = []
+    rows = rows_of(["a\nb\nc"] * 4)
+    rows.env_mask = [mask] * 4
+
+    @step_reward(by=by)
+    def judge(steps):
+        seen.append(steps)
+        return [1.0] * len(steps)
+
+    trainer = trainer_of(judge, tiny_model, tmp_path, rows)
+    trainer.compute_advantages = lambda batch: seen.append(batch) or GRPOExtTrainer.compute_advantages(trainer, batch)
+    scored_batch(trainer, 4)
+    batch = seen.pop()
+    assert seen == [list(steps.values())] * 4
+    assert (~batch.rewards_KNT[0, 0].isnan()).nonzero().flatten().tolist() == list(steps)
+    assert trainer._metrics["eval"]["rewards/judge/masked"] == [0.0]
 
 
 def test_what_a_step_function_logs_lies_in_its_row_of_the_table(tiny_model, tmp_path):

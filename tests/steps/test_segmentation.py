@@ -236,7 +236,7 @@ def test_worked_examples_of_joined_steps(options, expected):
     [
         (
             {"by": "paragraph"},
-            "unknown by='paragraph'; known: blank_line, newline, step_number, tokens, regex:PATTERN",
+            "unknown by='paragraph'; known: blank_line, newline, step_number, tokens, turn, regex:PATTERN",
         ),
         ({"by": "regex:("}, r"by='regex:\(' is not a regular expression"),
         ({"window": 0}, "window is 0"),

@@ -132,11 +132,9 @@ def test_a_function_of_any_columns_gets_the_row_s_values_and_the_last_user_messa
         sizes=[(1, 2), (3,)],
         trainer_state=state,
     )
-    common = {"trainer_state": state}
-    assert calls == [
-        {"problem": "a", "steps": STEPS, "prompt": prompts[0], "answer": "10", "sizes": (1, 2), **common},
-        {"problem": "e", "steps": ["x"], "prompt": prompts[1], "answer": "11", "sizes": (3,), **common},
-    ]
+    first = {"problem": "a", "steps": STEPS, "completion": TEXT, "prompt": prompts[0], "answer": "10", "sizes": (1, 2)}
+    second = {"problem": "e", "steps": ["x"], "completion": "x", "prompt": prompts[1], "answer": "11", "sizes": (3,)}
+    assert calls == [{**first, "trainer_state": state}, {**second, "trainer_state": state}]
 
 
 def test_a_function_gets_the_columns_that_it_names():
@@ -255,7 +253,9 @@ def test_a_decorated_method_without_self_is_refused_where_it_is_bound():
 
 def test_the_signature_is_that_of_trl_s_call():
     for source in (module_judge, Grader(1.0).judge):
-        assert list(inspect.signature(source).parameters) == ["prompts", "completions", "completion_ids", "columns"]
+        assert list(inspect.signature(source).parameters) == [
+            *("prompts", "completions", "completion_ids", "tool_mask", "columns")
+        ]
     with pytest.raises(TypeError, match="'lengths' has been made a reward function of steps already"):
         step_reward(step_reward(lengths))
 
@@ -368,7 +368,7 @@ def test_bad_rewards_name_the_source_the_completion_and_the_step(returned, error
 
 def test_a_parameter_that_is_no_column_is_named():
     source = step_reward(lambda problem, steps, answr: lengths(steps), name="judge")
-    with pytest.raises(TypeError, match="'judge' has a parameter 'answr'.*: answer, problem, prompt, steps"):
+    with pytest.raises(TypeError, match="'judge' has a parameter 'answr'.*: answer, completion, problem, prompt"):
         call(source, ["x"], answer=["a"])
 
 

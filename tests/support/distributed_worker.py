@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.tiny_models import save_tiny_model
 from tests.support.training import Recorder, RecordingExtTrainer, fixed_completions, make_trainer, moved_policy
-from trl_grpo_ext import StepRewards
+from trl_grpo_ext import StepRewards, TurnRewards
 from trl_grpo_ext.distributed import whole
 
 
@@ -39,6 +39,8 @@ class Case(NamedTuple):
     lora: dict[str, Any] | None = None
     # Folder of a trained adapter on the policy
     adapter: str | None = None
+    # Whether the second token and those after it, up to two, are a tool's where there are more, and turns are rewarded
+    tools: bool = False
     # That each of two processes cuts its rows into; one process takes the whole batch
     micro_batches: int = 1
 
@@ -65,6 +67,7 @@ LOSSES = {
     ),
     "batch_scale": Case({"advantage_estimator": "pooled", "scale_rewards": "batch", "kl_estimator": "k3"}),
     "outcome": Case({"supervision": "outcome", "advantage_eps": 1e-8}),
+    "turns": Case({"advantage_estimator": "step", "gamma": 0.5, "gamma_unit": "turn"}, tools=True),
 }
 # Ways to hold and use the weights, which are all that it sees
 WEIGHTS = {
@@ -116,6 +119,18 @@ def steps(completion_ids, row, **kwargs):
     return rewards
 
 
+def env_mask(lengths: list[int]) -> list[list[int]]:
+    return [[1, 0, 0, *[1] * (length - 3)] if length > 3 else [1] * length for length in lengths]
+
+
+def turns(row, completion_ids, **kwargs):
+    """The second turn of some completions, of which the first process has fewer, is not scored."""
+    return [
+        None if number == 4 else TurnRewards([math.sin(number), None if number % 3 else 1.0][: 1 + (len(ids) > 3)])
+        for number, ids in zip(row, completion_ids, strict=True)
+    ]
+
+
 def outcome(row, **kwargs):
     """Row 4 is judged by no source."""
     return [None if number in (0, 4, 6, 11) else math.cos(3.0 * number) for number in row]
@@ -155,10 +170,10 @@ def train(models: Path, output: Path, name: str) -> dict[str, Any]:
     trainer = make_trainer(
         RecordingExtTrainer,
         policy(models, case),
-        [steps, outcome],
+        [turns if case.tools else steps, outcome],
         output / name,
         trainer_options={
-            "rollout_func": fixed_completions(case.lengths),
+            "rollout_func": fixed_completions(case.lengths, env_mask=env_mask(case.lengths) if case.tools else None),
             "peft_config": None if case.lora is None else LoraConfig(**case.lora),
         },
         reward_weights=[0.8, 1.5],

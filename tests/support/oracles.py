@@ -88,10 +88,21 @@ def standardise(group_pairs, batch_pairs, scale, eps):
     return [0.0 if flat or w == 0 else (x - mean) / divisor for x, w in group_pairs]
 
 
-def stream_returns(stream, gamma, gamma_unit):
-    """Discounted returns of one stream; NaN counts as 0, and under unit "step" a step ends where a reward is."""
-    ends = None if gamma_unit == "token" else [~np.isnan(stream)]
+def stream_returns(stream, gamma, unit):
+    """Discounted returns of one stream; NaN counts as 0. Under unit "step" a step ends where a reward is; a unit that
+    is no text says at which tokens the stream is discounted."""
+    ends = [unit]
+    if isinstance(unit, str):
+        ends = None if unit == "token" else [~np.isnan(stream)]
     return discounted_returns([np.nan_to_num(stream)], gamma, ends)[0]
+
+
+def units(gamma_unit, mask_NT):
+    """The unit of each completion's stream. A turn ends at a loss token after which is none: another's, or the end."""
+    if gamma_unit != "turn":
+        return [gamma_unit] * len(mask_NT)
+    ends = [[t + 1 == len(row) or not row[t + 1] for t in range(len(row)) if row[t]] for row in mask_NT]
+    return [np.array(row, dtype=bool) for row in ends]
 
 
 def is_judged(stream):
@@ -118,7 +129,7 @@ def position_advantages(returns, judged, group_size, baseline, scale, eps):
     return advantages
 
 
-def pooled_advantages(streams, group_size, gamma, gamma_unit, scale, eps):
+def pooled_advantages(streams, group_size, gamma, units_N, scale, eps):
     """All rewards of the group normalised as one set, then summed to go (DeepSeekMath, arXiv 2402.03300, 4.1.3)."""
     batch = [(x, 1.0) for stream in streams for x in stream if not np.isnan(x)]
     advantages = []
@@ -127,13 +138,13 @@ def pooled_advantages(streams, group_size, gamma, gamma_unit, scale, eps):
         pool = [(x, 1.0) for stream in group for x in stream if not np.isnan(x)]
         normalised = iter(standardise(pool, batch, scale, eps))
         alone = sum(is_judged(stream) for stream in group) < 2
-        for stream in group:
+        for stream, unit in zip(group, units_N[start : start + group_size], strict=True):
             values = np.array([np.nan if np.isnan(x) else next(normalised) for x in stream])
-            advantages.append(np.zeros(len(stream)) if alone else stream_returns(values, gamma, gamma_unit))
+            advantages.append(np.zeros(len(stream)) if alone else stream_returns(values, gamma, unit))
     return advantages
 
 
-def step_advantages(streams, group_size, gamma, gamma_unit, scale, eps):
+def step_advantages(streams, group_size, gamma, units_N, scale, eps):
     """The s-th rewards of the group's completions normalised as one set for each s, then summed to go (LightRFT)."""
     places = [[t for t, x in enumerate(stream) if not np.isnan(x)] for stream in streams]
     normalised = [np.full(len(stream), np.nan) for stream in streams]
@@ -146,7 +157,7 @@ def step_advantages(streams, group_size, gamma, gamma_unit, scale, eps):
             values = standardise([(x, 1.0) for _, x in group], [(x, 1.0) for _, x in batch], scale, eps)
             for (i, _), value in zip(group, values, strict=True):
                 normalised[i][places[i][s]] = value
-    return [stream_returns(values, gamma, gamma_unit) for values in normalised]
+    return [stream_returns(values, gamma, unit) for values, unit in zip(normalised, units_N, strict=True)]
 
 
 def soft_min_rewards(stream):
@@ -180,17 +191,17 @@ def min_advantages(returns, judged, group_size, scale, eps):
     return advantages
 
 
-def stream_advantages(streams_KN, weights, gammas, group_size, estimator, gamma_unit, baseline, scale, eps):
+def stream_advantages(streams_KN, weights, gammas, group_size, estimator, units_N, baseline, scale, eps):
     """One estimator for the weighted sum of the sources: of returns ("position", "min") or of rewards (the others)."""
     columns = list(zip(*streams_KN, strict=True))
     judged = [any(is_judged(stream) for stream in column) for column in columns]
     if estimator in ("position", "min"):
         returns = []
-        for column in columns:
+        for column, unit in zip(columns, units_N, strict=True):
             total = np.zeros(len(column[0]))
             for stream, weight, gamma in zip(column, weights, gammas, strict=True):
                 rewards = soft_min_rewards(stream) if estimator == "min" else stream
-                total += weight * stream_returns(rewards, gamma, gamma_unit)
+                total += weight * stream_returns(rewards, gamma, unit)
             returns.append(total)
         if estimator == "min":
             return min_advantages(returns, judged, group_size, scale, eps)
@@ -206,7 +217,7 @@ def stream_advantages(streams_KN, weights, gammas, group_size, estimator, gamma_
         combined.append(total)
     (gamma,) = set(gammas)
     function = pooled_advantages if estimator == "pooled" else step_advantages
-    return function(combined, group_size, gamma, gamma_unit, scale, eps)
+    return function(combined, group_size, gamma, units_N, scale, eps)
 
 
 def batch_step(advantages, judged, eps):
@@ -241,7 +252,7 @@ def process_advantages(
     gammas = [gamma] * len(rewards) if np.ndim(gamma) == 0 else list(gamma)
     streams_KN = [[row[kept] for row, kept in zip(source, keep, strict=True)] for source in rewards]
     judged = [any(is_judged(stream) for stream in column) for column in zip(*streams_KN, strict=True)]
-    options = (group_size, estimator, gamma_unit, baseline)
+    options = (group_size, estimator, units(gamma_unit, keep), baseline)
     if aggregation == "sum_then_normalize":
         compact = stream_advantages(streams_KN, weights_K, gammas, *options, scale, eps)
     else:
@@ -254,6 +265,18 @@ def process_advantages(
     for i, kept in enumerate(keep):
         advantages[i, kept] = compact[i]
     return advantages
+
+
+def mt_grpo_advantages(turn_N, outcome_N, group_size, weight, eps=1e-4):
+    """MT-GRPO for two turns (arXiv 2505.11821): each reward normalised within its group as in GRPO; the first turn
+    gets `A_turn + weight * A_outcome`, the second one `A_outcome`. Returns the pair for each completion."""
+
+    def normalised(values):
+        blocks = np.asarray(values, dtype=np.float64).reshape(-1, group_size)
+        return ((blocks - blocks.mean(1, keepdims=True)) / (blocks.std(1, ddof=1, keepdims=True) + eps)).ravel()
+
+    of_turn, of_outcome = normalised(turn_N), normalised(outcome_N)
+    return np.stack([of_turn + weight * of_outcome, of_outcome], axis=1)
 
 
 def leave_one_out_advantages(returns, judged, group_size):
@@ -280,7 +303,8 @@ def leave_one_out_process_advantages(
     judged = [any(column) for column in zip(*judged_KN, strict=True)]
     total = [np.zeros(int(kept.sum())) for kept in keep]
     for k, streams in enumerate(streams_KN):
-        of_source = [stream_returns(stream, gamma[k], gamma_unit) for stream in streams]
+        own = zip(streams, units(gamma_unit, keep), strict=True)
+        of_source = [stream_returns(stream, gamma[k], unit) for stream, unit in own]
         if aggregation == "normalize_then_sum":
             of_source = leave_one_out_advantages(of_source, judged_KN[k], group_size)
         total = [x + weights_K[k] * y for x, y in zip(total, of_source, strict=True)]

@@ -6,12 +6,14 @@ Several reward sources, weighted, with missing judgements, to one advantage per 
 - A source judges a completion if it puts a reward on at least one of its loss tokens. A completion that no source
   judges gets 0 and is absent from every mean and standard deviation.
 - A source of weight 0 is absent from every formula. A completion that only such sources judge is not judged.
+- A turn is a maximal run of loss tokens: what the policy wrote between the outputs of tools.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from ..tables import check_choice
 from .estimators import Estimator, EstimatorInputs, find_estimator
@@ -20,7 +22,7 @@ from .returns import discounted_returns
 
 
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-GAMMA_UNITS = ("token", "step")
+GAMMA_UNITS = ("token", "step", "turn")
 
 
 def process_advantages(
@@ -57,7 +59,8 @@ def process_advantages(
         gamma (`float` or `Sequence[float]`):
             Discount in `[0, 1]`, one for all sources or one each.
         gamma_unit (`str`, *optional*, defaults to `"token"`):
-            Discount at every loss token, or only at those that carry a reward (`"step"`).
+            Discount at every loss token, only at those that carry a reward (`"step"`), or only where a turn ends
+            (`"turn"`).
         options (`Mapping[str, Any]`, *optional*):
             Options of the estimators by name; see [`~trl_grpo_ext.Estimator.with_options`].
         aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
@@ -79,7 +82,10 @@ def process_advantages(
     check_choice("scale", scale, SCALES)
     row = find_estimator(estimator).with_options(options or {})
     gammas = _gamma_per_source(gamma, len(weights_K))
-    sources = _Sources(rewards_KNT, mask_NT.bool(), weights_K.to(rewards_KNT), gammas, gamma_unit, group_size)
+    mask_NT = mask_NT.bool()
+    turn_ends_NT = _turn_ends(mask_NT) if gamma_unit == "turn" else None
+    weights_K = weights_K.to(rewards_KNT)
+    sources = _Sources(rewards_KNT, mask_NT, weights_K, gammas, gamma_unit, turn_ends_NT, group_size)
     sources = sources.without_weight_0()
     order_NT = pack_order(sources.mask_NT)
     sources = sources.packed(order_NT)
@@ -133,6 +139,7 @@ class _Sources(NamedTuple):
     weights_K: torch.Tensor
     gammas: list[float]
     gamma_unit: str
+    turn_ends_NT: torch.Tensor | None
     group_size: int
 
     @property
@@ -158,7 +165,10 @@ class _Sources(NamedTuple):
         # With NaN as the only mark of "no reward", no formula below can read a reward outside the mask
         mask_NT = self.mask_NT.gather(1, order_NT)
         rewards_KNT = self.rewards_KNT.gather(2, order_NT.expand_as(self.rewards_KNT))
-        return self._replace(rewards_KNT=rewards_KNT.where(mask_NT, torch.nan), mask_NT=mask_NT)
+        turn_ends_NT = None if self.turn_ends_NT is None else self.turn_ends_NT.gather(1, order_NT)
+        return self._replace(
+            rewards_KNT=rewards_KNT.where(mask_NT, torch.nan), mask_NT=mask_NT, turn_ends_NT=turn_ends_NT
+        )
 
     def single(self, k: int) -> "_Sources":
         """Source k alone, with weight 1."""
@@ -174,8 +184,8 @@ class _Sources(NamedTuple):
 
     def returns(self, rewards_NT: torch.Tensor, k: int) -> torch.Tensor:
         """Returns, with source k's gamma, of rewards that are NaN where there is none."""
-        step_ends_NT = ~rewards_NT.isnan() if self.gamma_unit == "step" else None
-        return discounted_returns(rewards_NT.nan_to_num(), self.gammas[k], step_ends_NT)
+        ends_NT = ~rewards_NT.isnan() if self.gamma_unit == "step" else self.turn_ends_NT
+        return discounted_returns(rewards_NT.nan_to_num(), self.gammas[k], ends_NT)
 
 
 def _advantages_of_sum(sources: _Sources, row: Estimator, *, scale: str, eps: float) -> torch.Tensor:
@@ -226,6 +236,11 @@ def _sum_of_advantages(sources: _Sources, row: Estimator, *, eps: float) -> torc
     # The mean is not 0 for completions of different lengths: the estimators centre with other weights than 1 / L.
     # TRL's step subtracts it from every completion, so groups without spread do not stay at 0
     return ((summed_NT - batch.mean) / (batch.std + eps)).where(batch.has_spread & (weights_NT > 0), 0.0)
+
+
+def _turn_ends(mask_NT: torch.Tensor) -> torch.Tensor:
+    """True on the last token of each turn, `(N, T)`."""
+    return mask_NT & ~F.pad(mask_NT[:, 1:], (0, 1))
 
 
 def _gamma_per_source(gamma: float | Sequence[float], num_sources: int) -> list[float]:

@@ -12,29 +12,27 @@ _SCAN_TOKENS = 2**19
 
 
 def plain_discounted_returns(
-    rewards_NT: torch.Tensor, gamma: float, step_ends_NT: torch.Tensor | None = None
+    rewards_NT: torch.Tensor, gamma: float, ends_NT: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
     The returns of [`discounted_returns`], from the last token to the first: the readable form, slow for many tokens.
 
     `R_t = r_t + g_t R_{t+1}`
     """
-    discounts_NT = _discounts(rewards_NT, gamma, step_ends_NT)
+    discounts_NT = _discounts(rewards_NT, gamma, ends_NT)
     returns_NT = rewards_NT.clone()
     for t in range(rewards_NT.size(1) - 2, -1, -1):
         returns_NT[:, t] += discounts_NT[:, t] * returns_NT[:, t + 1]
     return returns_NT
 
 
-def discounted_returns(
-    rewards_NT: torch.Tensor, gamma: float, step_ends_NT: torch.Tensor | None = None
-) -> torch.Tensor:
+def discounted_returns(rewards_NT: torch.Tensor, gamma: float, ends_NT: torch.Tensor | None = None) -> torch.Tensor:
     r"""
     Discounted sum of this and all later rewards, at every token.
 
     `R_t = r_t + g_t R_{t+1}`, with `R_T = 0`
 
-    The discount `g_t` is gamma at every token or, given step ends, gamma where a step ends and 1 elsewhere.
+    The discount `g_t` is gamma at every token or, given the ends of steps or turns, gamma there and 1 elsewhere.
 
     Equals [`plain_discounted_returns`] up to rounding, in `O(log T)` tensor operations. Nothing is divided by a power
     of gamma, which may underflow.
@@ -44,8 +42,8 @@ def discounted_returns(
             Rewards, 0 where none is given.
         gamma (`float`):
             Discount in `[0, 1]`.
-        step_ends_NT (`torch.Tensor` of shape `(N, T)`, *optional*):
-            True at each step's last token.
+        ends_NT (`torch.Tensor` of shape `(N, T)`, *optional*):
+            True at the last token of each step or turn.
 
     Returns:
         `torch.Tensor` of shape `(N, T)`: returns, in units of the reward.
@@ -53,22 +51,22 @@ def discounted_returns(
     Raises:
         ValueError: shapes that do not fit.
     """
-    if rewards_NT.ndim != 2 or (step_ends_NT is not None and step_ends_NT.shape != rewards_NT.shape):
-        ends_shape = None if step_ends_NT is None else tuple(step_ends_NT.shape)
-        raise ValueError(f"expected rewards and step ends (N, T); got {tuple(rewards_NT.shape)} and {ends_shape}.")
+    if rewards_NT.ndim != 2 or (ends_NT is not None and ends_NT.shape != rewards_NT.shape):
+        ends_shape = None if ends_NT is None else tuple(ends_NT.shape)
+        raise ValueError(f"expected rewards and ends (N, T); got {tuple(rewards_NT.shape)} and {ends_shape}.")
     returns_NT = torch.empty_like(rewards_NT)
     rows_at_once = max(1, _SCAN_TOKENS // max(1, rewards_NT.size(1)))
     for start in range(0, len(rewards_NT), rows_at_once):
         rows = slice(start, start + rows_at_once)
-        ends = None if step_ends_NT is None else step_ends_NT[rows]
-        returns_NT[rows] = _backward_scan(rewards_NT[rows], _discounts(rewards_NT, gamma, ends))
+        own_ends_NT = None if ends_NT is None else ends_NT[rows]
+        returns_NT[rows] = _backward_scan(rewards_NT[rows], _discounts(rewards_NT, gamma, own_ends_NT))
     return returns_NT
 
 
-def _discounts(rewards_NT: torch.Tensor, gamma: float, step_ends_NT: torch.Tensor | None) -> torch.Tensor:
-    """`g_t`: one row for all completions, `(1, T)`, or given step ends one row each."""
+def _discounts(rewards_NT: torch.Tensor, gamma: float, ends_NT: torch.Tensor | None) -> torch.Tensor:
+    """`g_t`: one row for all completions, `(1, T)`, or given ends one row each."""
     every_token = rewards_NT.new_full((1, rewards_NT.size(1)), gamma)
-    return every_token if step_ends_NT is None else every_token.where(step_ends_NT.bool(), 1.0)
+    return every_token if ends_NT is None else every_token.where(ends_NT.bool(), 1.0)
 
 
 def _backward_scan(values_NT: torch.Tensor, factors_NT: torch.Tensor) -> torch.Tensor:

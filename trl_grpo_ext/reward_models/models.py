@@ -149,11 +149,16 @@ class ProcessRewardModel(RewardModel):
         completions: Sequence[Any] | None = None,
         *,
         completion_ids: Sequence[Sequence[int]],
+        tool_mask: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
-        """TRL's call of a reward function: scores on the policy's tokens, `None` for steps that did not fit."""
+        """
+        TRL's call of a reward function: scores on the policy's tokens, `None` for steps that did not fit.
+
+        The outputs of tools are not read: the solution is what the policy wrote, its turns one after the other.
+        """
         source = f"process reward model '{self.name}'"
-        steps = [policy_steps(self.policy_tokenizer, ids, self.segmentation, source) for ids in completion_ids]
+        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source)
         problems = [last_user_text(prompt) for prompt in prompts]
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]

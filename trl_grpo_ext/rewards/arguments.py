@@ -8,10 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 from datasets import Dataset, IterableDataset
 
 
-# What TRL passes to reward functions beside the data set's columns
+# The argument of reward functions, beside TRL's own, that says which tokens the policy wrote
+TOOL_MASK = "tool_mask"
+
+# What TRL and this package pass to reward functions beside the data set's columns
 _RESERVED_COLUMNS = (
     *("prompts", "completions", "completion_ids"),
-    *("trainer_state", "log_extra", "log_metric", "environments"),
+    *("trainer_state", "log_extra", "log_metric", "environments", TOOL_MASK),
 )
 
 
@@ -47,15 +50,24 @@ class NamesColumns(Protocol):
         ...
 
 
-def required_arguments(source: Any) -> list[str]:
-    """The arguments by name without which a call of a reward function fails; empty where they are not known."""
+def _named_parameters(source: Any) -> list[Parameter]:
+    """The parameters of a reward function that can be given by name; empty where they are not known."""
     try:
         parameters = inspect.signature(source).parameters.values()
     except (TypeError, ValueError):
         # Some builtins have no signature
         return []
-    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in by_name and p.default is Parameter.empty]
+    return [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+
+
+def required_arguments(source: Any) -> list[str]:
+    """The arguments by name without which a call of a reward function fails; empty where they are not known."""
+    return [p.name for p in _named_parameters(source) if p.default is Parameter.empty]
+
+
+def names_argument(source: Any, name: str) -> bool:
+    """Whether a reward function has a parameter of that name; `**kwargs` is none."""
+    return name in [p.name for p in _named_parameters(source)]
 
 
 def check_parameters(source: Any, offered: Collection[str], where: str) -> None:
@@ -140,3 +152,33 @@ def check_row(argument: str, columns: Iterable[str], needs_prompt: bool) -> None
         )
     if needs_prompt and "prompt" not in columns:
         raise ValueError(f"{argument} has no column 'prompt'; it has: {', '.join(columns)}. Rename the right one.")
+
+
+def check_tool_mask(tool_mask: Any, completion_ids: Sequence[Sequence[int]], extra_fields: Mapping[str, Any]) -> None:
+    """
+    Check which tokens a rollout function says that the policy wrote.
+
+    Args:
+        tool_mask (`list[list[int]]` or `None`):
+            For each completion and each of its tokens, 1 if the policy wrote it; `None` if it wrote all of them.
+        completion_ids (`Sequence[Sequence[int]]`):
+            The completions.
+        extra_fields (`Mapping[str, Any]`):
+            What a rollout function returned beside them, for reward functions.
+
+    Raises:
+        ValueError: a mask of another length than its completion, or one under the wrong name.
+    """
+    if TOOL_MASK in extra_fields:
+        raise ValueError(
+            f"rollout_func returned a field '{TOOL_MASK}', under which reward functions get the mask of the policy's "
+            "tokens. Return that mask as 'env_mask', or rename the field."
+        )
+    if tool_mask is None:
+        return
+    for index, (mask, ids) in enumerate(zip(tool_mask, completion_ids, strict=True)):
+        if len(mask) != len(ids):
+            raise ValueError(
+                f"completion {index} has {len(ids)} tokens, and its mask of the policy's tokens has {len(mask)}. "
+                "rollout_func has to return an entry of 'env_mask' for each token."
+            )

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .._trl import is_async_callable
-from .arguments import check_parameters
+from .arguments import TOOL_MASK, check_parameters, names_argument
 from .step_reductions import STEP_REDUCTIONS
 from .transforms import transform_reward
+from .turns import TurnRewards, land_on_policy_tokens, place_turn_rewards
 from .types import Reward, StepRewards, check_finite, is_list_like, parse_as_trl, parse_reward, plain
 
 
@@ -51,18 +52,29 @@ class RewardSource:
             A reward transform, see [`~trl_grpo_ext.rewards.transforms.parse_transform`].
         is_outcome (`bool`, *optional*, defaults to `False`):
             Whether supervision is by outcome, under which whatever TRL takes is a reward.
+        tool_mask (`Sequence[Sequence[int]]`, *optional*):
+            For each completion of the batch and each of its tokens, 1 if the policy wrote it, 0 if it is a tool's
+            output. A function with a parameter of this name gets it too. By default the policy wrote all of them.
 
     Raises:
         ValueError: the function has an attribute `reduce` that is not in `STEP_REDUCTIONS`.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, transform: str = "none", is_outcome: bool = False):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        transform: str = "none",
+        is_outcome: bool = False,
+        tool_mask: Sequence[Sequence[int]] | None = None,
+    ):
         self.function = function
         self.name = name
         # TRL's messages show it
         self.__name__ = name
         self.transform = transform
         self.is_outcome = is_outcome
+        self.tool_mask = tool_mask
         chosen = _reduce_attributes(function)
         self.chose_reduce = bool(chosen)
         (self.reduce,) = chosen or ["sum"]
@@ -76,20 +88,25 @@ class RewardSource:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
 
-    def parse(self, returned: Any, lengths: Sequence[int]) -> list[float | None]:
+    def parse(
+        self, returned: Any, tool_mask: Sequence[Sequence[int]], completions: Sequence[Any] = ()
+    ) -> list[float | None]:
         """
         Store what the function returned for a batch and give TRL one number, or `None`, per completion.
 
         Args:
             returned (`Any`):
                 What the function returned.
-            lengths (`Sequence[int]`):
-                Number of tokens of each completion.
+            tool_mask (`Sequence[Sequence[int]]`):
+                For each completion and each of its tokens, 1 if the policy wrote it.
+            completions (`Sequence[str | list[dict]]`, *optional*):
+                The completions as TRL gives them to reward functions, for rewards of tool calls.
 
         Raises:
             TypeError: not a list, or an entry that is no reward; the message names source and completion.
             ValueError: another number of rewards than of completions, or a reward that
-                [`~trl_grpo_ext.rewards.types.parse_reward`] refuses.
+                [`~trl_grpo_ext.rewards.types.parse_reward`] or [`~trl_grpo_ext.rewards.turns.place_turn_rewards`]
+                refuses.
         """
         returned = plain(returned)
         if not is_list_like(returned):
@@ -98,21 +115,27 @@ class RewardSource:
                 "completion."
             )
         returned = [parse_as_trl(value) for value in returned] if self.is_outcome else list(returned)
-        if len(returned) != len(lengths):
+        if len(returned) != len(tool_mask):
             raise ValueError(
-                f"reward source '{self.name}' returned {len(returned)} rewards for {len(lengths)} completions."
+                f"reward source '{self.name}' returned {len(returned)} rewards for {len(tool_mask)} completions."
             )
         self._without_step = 0
         self.rewards = []
         numbers = []
-        for index, (value, length) in enumerate(zip(returned, lengths, strict=True)):
+        for index, (value, mask) in enumerate(zip(returned, tool_mask, strict=True)):
             where = f"reward source '{self.name}', completion {index}"
-            parsed = parse_reward(value, length, where)
+            if isinstance(value, TurnRewards):
+                parsed = place_turn_rewards(value, mask, completions[index], where)
+            else:
+                parsed = parse_reward(value, len(mask), where)
             reward = transform_reward(parsed, self.transform, where)
             # `None` is another matter: the steps may have been found, and not judged
             self._without_step += parsed is None and isinstance(value, (StepRewards, list))
-            self.rewards.append(reward)
             numbers.append(self._to_number(reward, where))
+            # A list has a reward for each token on purpose: those of a tool's tokens do not count
+            if isinstance(reward, StepRewards) and not isinstance(value, list):
+                reward = land_on_policy_tokens(reward, mask)
+            self.rewards.append(reward)
         return numbers
 
     def _to_number(self, reward: Reward, where: str) -> float | None:
@@ -133,20 +156,36 @@ class RewardSource:
             without_step=self._without_step,
         )
 
-    def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
-        check_parameters(self.function, [*kwargs, "completion_ids"], f"reward source '{self.name}'")
+    def _mask_of(self, completion_ids: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        return [[1] * len(ids) for ids in completion_ids] if self.tool_mask is None else self.tool_mask
+
+    def _arguments(self, offered: dict[str, Any], tool_mask: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """
+        What the function is called with: what TRL offers, and `tool_mask` if it has such a parameter.
+
+        Raises:
+            TypeError: a required parameter that is not offered.
+        """
+        # Not through `**kwargs`: there a function finds what TRL gives it
+        if names_argument(self.function, TOOL_MASK):
+            offered = {**offered, TOOL_MASK: [list(mask) for mask in tool_mask]}
+        check_parameters(self.function, offered, f"reward source '{self.name}'")
+        return offered
+
+    def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> Any:
         # Before the call: a function may change the lists that it gets
-        lengths = [len(ids) for ids in completion_ids]
-        return self.parse(self.function(completion_ids=completion_ids, **kwargs), lengths)
+        tool_mask = self._mask_of(completion_ids)
+        arguments = self._arguments({"completion_ids": completion_ids, **kwargs}, tool_mask)
+        return self.parse(self.function(**arguments), tool_mask, kwargs.get("completions", ()))
 
 
 class AsyncRewardSource(RewardSource):
     """[`RewardSource`] of a coroutine function; TRL awaits all of them together."""
 
-    async def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:  # type: ignore[override]
-        check_parameters(self.function, [*kwargs, "completion_ids"], f"reward source '{self.name}'")
-        lengths = [len(ids) for ids in completion_ids]
-        return self.parse(await self.function(completion_ids=completion_ids, **kwargs), lengths)
+    async def __call__(self, *, completion_ids: list[list[int]], **kwargs: Any) -> Any:
+        tool_mask = self._mask_of(completion_ids)
+        arguments = self._arguments({"completion_ids": completion_ids, **kwargs}, tool_mask)
+        return self.parse(await self.function(**arguments), tool_mask, kwargs.get("completions", ()))
 
 
 def _reduce_attributes(function: Callable[..., Any]) -> list[Any]:
@@ -156,12 +195,18 @@ def _reduce_attributes(function: Callable[..., Any]) -> list[Any]:
     return [function.reduce] if hasattr(function, "reduce") else []  # type: ignore[attr-defined]
 
 
-def wrap_source(
-    function: Callable[..., Any], name: str, transform: str = "none", is_outcome: bool = False
-) -> RewardSource:
-    """The [`RewardSource`] of a reward function, or the [`AsyncRewardSource`] of a coroutine function."""
+def wrap_source(function: Callable[..., Any], *arguments: Any) -> RewardSource:
+    """
+    The [`RewardSource`] of a reward function, or the [`AsyncRewardSource`] of a coroutine function.
+
+    Args:
+        function (`Callable`):
+            The user's reward function.
+        *arguments:
+            The other arguments of [`RewardSource`].
+    """
     source_class = AsyncRewardSource if is_async_callable(function) else RewardSource
-    return source_class(function, name, transform, is_outcome)
+    return source_class(function, *arguments)
 
 
 def parse_model_scores(

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..rewards.turns import Turn, find_turns
 from ..rewards.types import StepRewards
 from .alignment import align_tokens, strip_special
-from .segmentation import Segmentation, Step, segment
+from .segmentation import Segmentation, Step, join_turns, segment
 
 
 # The type of a part of a message that is text, and the key under which the text is
@@ -72,23 +73,30 @@ def assistant_text(completion: Any) -> str:
 
 
 def policy_steps(
-    policy_tokenizer: Any, completion_ids: Sequence[int], segmentation: Segmentation, source: str
-) -> list[Step]:
+    policy_tokenizer: Any,
+    completion_ids: Sequence[Sequence[int]],
+    tool_mask: Sequence[Sequence[int]] | None,
+    segmentation: Segmentation,
+    source: str,
+) -> list[list[Step]]:
     """
-    Steps of a completion, each with the index of its last token.
+    Steps of completions, each with the index of its last token.
 
     Args:
         policy_tokenizer (`PreTrainedTokenizerBase` or `None`):
             The tokenizer that the completion was generated with.
-        completion_ids (`Sequence[int]`):
-            Token ids of the completion. Special tokens at their end belong to no step.
+        completion_ids (`Sequence[Sequence[int]]`):
+            Token ids of each completion. Special tokens at the end of a turn belong to no step.
+        tool_mask (`Sequence[Sequence[int]]` or `None`):
+            For each of them 1 if the policy wrote it, 0 if it is a tool's output, which is not read. `None` if the
+            policy wrote all of them.
         segmentation ([`Segmentation`]):
-            How the completion is cut.
+            How a completion is cut.
         source (`str`):
             Names the reward source in the error.
 
     Returns:
-        `list[Step]`: `last_token` of each is an index into `completion_ids`.
+        `list[list[Step]]`: `last_token` of each is an index into the completion's ids.
 
     Raises:
         ValueError: `policy_tokenizer` is `None`; the message names `source`.
@@ -98,7 +106,22 @@ def policy_steps(
             f"{source} has no `policy_tokenizer` to decode completion_ids with. GRPOExtTrainer sets it for sources "
             "in `reward_funcs`; elsewhere set it to the policy's own."
         )
-    return segment(align_tokens(policy_tokenizer, strip_special(policy_tokenizer, completion_ids)), segmentation)
+    masks = [[1] * len(ids) for ids in completion_ids] if tool_mask is None else tool_mask
+    return [
+        _steps_of_turns(policy_tokenizer, ids, find_turns(mask), segmentation)
+        for ids, mask in zip(completion_ids, masks, strict=True)
+    ]
+
+
+def _steps_of_turns(
+    policy_tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], segmentation: Segmentation
+) -> list[Step]:
+    steps = []
+    for start, end in turns:
+        written = strip_special(policy_tokenizer, ids[start:end])
+        for text, last_token in segment(align_tokens(policy_tokenizer, written), segmentation):
+            steps.append(Step(text, start + last_token))
+    return join_turns(steps, segmentation)
 
 
 def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:

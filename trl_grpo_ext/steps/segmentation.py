@@ -18,6 +18,7 @@ _SEPARATORS = {
 }
 _REGEX = "regex:"
 _TOKENS = "tokens"
+_TURN = "turn"
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 # The first alternative takes escaped backslashes and dollars away from the others: `\\[2pt]` is a line break
@@ -60,17 +61,20 @@ class Segmentation:
             - `"newline"`: at the end of each line.
             - `"step_number"`: before each line that begins with `Step k:`, also as a Markdown heading or in bold.
             - `"tokens"`: after every `window` tokens.
+            - `"turn"`: where the policy's turn ends, at a tool's output or at the end of the completion.
             - `"regex:PATTERN"`: where a match of `PATTERN` ends. With `"regex:(?=PATTERN)"` a step ends before the
               match.
             - a callable that takes the text and returns the character indices where steps end, in increasing order.
               What follows the last index is a step too.
+
+            Every turn ends a step, whatever `by` is, and tool output belongs to none.
 
             The first three never cut display maths (`$$..$$`, `\[..\]`, `\begin{..}..\end{..}`) and fenced code. A
             delimiter that is opened and never closed protects nothing; otherwise it would join all that follows.
         window (`int`, *optional*, defaults to `64`):
             Tokens per step for `"tokens"`.
         min_step_tokens (`int`, *optional*, defaults to `1`):
-            A shorter step is joined with the next one, and a shorter last step with the one before.
+            A shorter step is joined with the next one of its turn, and a shorter last step with the one before.
         max_steps (`int`, *optional*):
             The largest number of steps. What follows is joined with the last of them.
 
@@ -87,7 +91,7 @@ class Segmentation:
     def __post_init__(self):
         if not isinstance(self.by, str) and (isinstance(self.by, type) or not callable(self.by)):
             raise TypeError(f"Segmentation: by is {self.by!r}; expected a text or a callable.")
-        if isinstance(self.by, str) and self.by != _TOKENS:
+        if isinstance(self.by, str) and self.by not in (_TOKENS, _TURN):
             _separator(self.by)
         numbers = {"window": self.window, "min_step_tokens": self.min_step_tokens}
         if self.max_steps is not None:
@@ -124,7 +128,7 @@ def _separator(by: str) -> re.Pattern[str]:
     if by in _SEPARATORS:
         return _SEPARATORS[by]
     if not by.startswith(_REGEX):
-        known = ", ".join([*_SEPARATORS, _TOKENS, f"{_REGEX}PATTERN"])
+        known = ", ".join([*_SEPARATORS, _TOKENS, _TURN, f"{_REGEX}PATTERN"])
         raise ValueError(f"Segmentation: unknown by={by!r}; known: {known}, or a callable.")
     try:
         return re.compile(by.removeprefix(_REGEX))
@@ -235,25 +239,28 @@ def split_text(text: str, by: str | Callable[[str], Sequence[int]]) -> list[Span
     """
     if not isinstance(by, str):
         return _spans(text, _called(by, text))
+    if by == _TURN:
+        return _spans(text, [])
     cuts = [match.end() for match in _separator(by).finditer(text)]
     return _spans(text, _outside(cuts, _protected(text)) if by in _SEPARATORS else cuts)
 
 
 def segment(aligned: AlignedText, segmentation: Segmentation) -> list[Step]:
     """
-    Cut a completion into steps, each with the token that ends it.
+    Cut a turn into steps, each with the token that ends it.
 
     The texts of the steps cover the whole text except white space between them. Two steps that end in the same token
     are one step, because `ends` of [`StepRewards`] increase strictly.
 
     Args:
         aligned ([`AlignedText`]):
-            The completion from [`align_tokens`], without the special tokens at its end; see [`strip_special`].
+            What the policy wrote in the turn, from [`align_tokens`], without the special tokens at its end; see
+            [`strip_special`]. A completion without tool output is one turn.
         segmentation ([`Segmentation`]):
             Where to cut, and which steps are joined.
 
     Returns:
-        `list[Step]`: empty if the text is empty or white space.
+        `list[Step]`: empty if the text is empty or white space. `last_token` is an index into the turn's tokens.
     """
     text, token_ends = aligned
     if segmentation.by == _TOKENS:
@@ -283,3 +290,11 @@ def _join_steps(last_tokens: list[int], segmentation: Segmentation) -> list[int]
         kept = kept[: segmentation.max_steps]
     # The last step takes what is too short to stand alone and what is beyond `max_steps`
     return [*kept[:-1], *last_tokens[-1:]]
+
+
+def join_turns(steps: Sequence[Step], segmentation: Segmentation) -> list[Step]:
+    """The steps of all turns of a completion: what is beyond `max_steps` is joined with the last step that is left."""
+    if segmentation.max_steps is None or len(steps) <= segmentation.max_steps:
+        return list(steps)
+    first = segmentation.max_steps - 1
+    return [*steps[:first], Step("\n\n".join(step.text for step in steps[first:]), steps[-1].last_token)]

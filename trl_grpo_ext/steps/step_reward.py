@@ -24,7 +24,7 @@ _EXCERPT = 60
 
 _LOG_EXTRA = "log_extra"
 # What a function may name beside the columns of the dataset
-_GIVEN = ("problem", "steps", "prompt", "trainer_state", _LOG_EXTRA, "log_metric", "environments")
+_GIVEN = ("problem", "steps", "prompt", "completion", "trainer_state", _LOG_EXTRA, "log_metric", "environments")
 
 _Judge = Callable[..., Any]
 
@@ -57,13 +57,14 @@ def step_reward(
     ends of a step is left out of `steps[k]`, its indentation too. Steps are found in the text, because a separator may
     be part of a token, such as `".\\n\\n"`.
 
-    A reward whose token is outside the loss mask does not count. With tools this happens where a tool's output begins
-    within the separator. The metric `rewards/{source}/masked` is the share of such steps.
+    With tools, the output of a tool belongs to no step, and every turn of the policy ends one. `by="turn"` makes each
+    turn a step.
 
     The function is called once for each completion that has steps. Its arguments are given by name:
 
     - `problem` (`str`): the prompt, or in a conversation what the user said last.
     - `steps` (`list[str]`): the texts of the steps.
+    - `completion` (`str` or `list[dict]`): the whole completion as TRL gives it, with the outputs of tools.
     - `prompt` and every other column of the dataset: the value in the completion's row. A column that is called
       `problem` or `steps` is not given.
     - `trainer_state` and `log_metric`, as TRL gives them to every reward function.
@@ -216,10 +217,11 @@ class StepRewardFunction:
         completions: Sequence[Any] | None = None,
         *,
         completion_ids: Sequence[Sequence[int]],
+        tool_mask: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> Any:
         """
-        TRL's call of a reward function. The steps are those of `completion_ids`; `completions` is not read.
+        TRL's call of a reward function. The steps are those of `completion_ids`, without the tokens of tools.
 
         Returns:
             `list[StepRewards | None]`: [`StepRewards`] without steps where a completion has none.
@@ -230,7 +232,7 @@ class StepRewardFunction:
                 there are steps, or one that is not finite.
         """
         logs = ExtraLogs(len(prompts))
-        to_judge = self._to_judge(prompts, completion_ids, columns, logs)
+        to_judge = self._to_judge(prompts, completions, completion_ids, tool_mask, columns, logs)
         rewards = [_parse(one, self.function(**one.arguments) if one.steps else []) for one in to_judge]
         if _LOG_EXTRA in columns:
             logs.hand_over(columns[_LOG_EXTRA])
@@ -239,18 +241,22 @@ class StepRewardFunction:
     def _to_judge(
         self,
         prompts: Sequence[Any],
+        texts: Sequence[Any] | None,
         completion_ids: Sequence[Sequence[int]],
+        tool_mask: Sequence[Sequence[int]] | None,
         columns: dict[str, Any],
         logs: ExtraLogs,
     ) -> list[_Completion]:
         """All completions of a batch, before the first is judged: an error in the batch costs no judgement."""
         completions = []
-        for row, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True)):
+        steps_of_rows = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, self._where)
+        for row, (prompt, steps) in enumerate(zip(prompts, steps_of_rows, strict=True)):
             where = f"{self._where}, completion {row}"
-            steps = policy_steps(self.policy_tokenizer, ids, self.segmentation, self._where)
             offered = {name: value_of_row(value, row, len(prompts), where, name) for name, value in columns.items()}
             offered["prompt"] = prompt
             offered["steps"] = [step.text for step in steps]
+            if texts is not None:
+                offered["completion"] = texts[row]
             if _LOG_EXTRA in columns:
                 offered[_LOG_EXTRA] = logs.of_row(row, where)
             # Not every prompt has one: the last message may hold an image
@@ -269,13 +275,14 @@ class AsyncStepRewardFunction(StepRewardFunction):
         completions: Sequence[Any] | None = None,
         *,
         completion_ids: Sequence[Sequence[int]],
+        tool_mask: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         async def judge(completion: _Completion) -> StepRewards | None:
             return _parse(completion, await self.function(**completion.arguments) if completion.steps else [])
 
         logs = ExtraLogs(len(prompts))
-        to_judge = self._to_judge(prompts, completion_ids, columns, logs)
+        to_judge = self._to_judge(prompts, completions, completion_ids, tool_mask, columns, logs)
         rewards = await _gather([judge(one) for one in to_judge])
         if _LOG_EXTRA in columns:
             logs.hand_over(columns[_LOG_EXTRA])

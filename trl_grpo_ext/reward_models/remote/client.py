@@ -228,11 +228,15 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         self.policy_tokenizer = policy_tokenizer
 
     async def __call__(
-        self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
+        self,
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        tool_mask: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
     ) -> list[StepRewards | None]:
         source = f"RemoteProcessRewardModel({self.url!r})"
         segmentation = as_segmentation(self.segmentation)
-        steps = [policy_steps(self.policy_tokenizer, ids, segmentation, source) for ids in completion_ids]
+        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, segmentation, source)
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
