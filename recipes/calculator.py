@@ -43,17 +43,16 @@ from two_turns.task import (
     split_problems,
 )
 
-from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, StepRewards
+from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, TurnRewards
 
 
-def judge_call(
-    problem: list[str], completions: list[list[Message]], completion_ids: list[list[int]], **columns
-) -> list[StepRewards]:
+def judge_call(problem: list[str], completions: list[list[Message]], **columns) -> list[TurnRewards]:
     """Turn source: a reward on the first turn, 1 if it calls the calculator with the right expression, else 0."""
     rewards = []
-    for asked, completion, ids in zip(problem, completions, completion_ids, strict=True):
-        end = ids.index(TOKENIZER.eos_token_id) if TOKENIZER.eos_token_id in ids else len(ids) - 1
-        rewards.append(StepRewards(ends=[end], values=[float(is_right_call(asked, completion))]))
+    for asked, completion in zip(problem, completions, strict=True):
+        # Each message of the policy is a turn. The second one, the answer, is the other source's
+        num_turns = [message["role"] for message in completion].count("assistant")
+        rewards.append(TurnRewards([float(is_right_call(asked, completion)), *[None] * (num_turns - 1)]))
     return rewards
 
 
@@ -68,11 +67,12 @@ def judge_answer(problem: list[str], completions: list[list[Message]], **columns
 # Where the same two judgements are placed. With gamma 1 nothing is discounted between the turns. The learning rates
 # are the best of `two_turns/grid.csv`
 METHODS: dict[str, dict[str, Any]] = {
-    # MT-GRPO: each turn's rewards compared with those of the same turn of the other completions
+    # MT-GRPO (arXiv 2505.11821): each turn's rewards compared with those of the same turn of the other completions
     "turns, by step": {
         "supervision": "process",
         "advantage_estimator": "step",
         "gamma": 1.0,
+        "gamma_unit": "turn",
         "learning_rate": 2e-4,
     },
     # The return from each token on, compared with the other completions' at the same token
@@ -80,6 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "supervision": "process",
         "position_baseline": "leave_one_out",
         "gamma": 1.0,
+        "gamma_unit": "turn",
         "learning_rate": 2e-4,
     },
     # TRL's own: one advantage for all tokens of a completion, from the sum of both rewards, or from the answer alone

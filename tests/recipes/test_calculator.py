@@ -26,15 +26,12 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER(text)["input_ids"]
 
 
-def completion_of(first: str, answer: str | None = None) -> tuple[list[dict], list[int]]:
-    """Messages and ids of a completion, as TRL makes them."""
+def completion_of(first: str, answer: str | None = None) -> list[dict]:
+    """Messages of a completion, as TRL makes them."""
     said = parse_response(TOKENIZER, ids_of(first), prefix=ids_of("<assistant>"), tools=[calculator])
-    messages = [said]
-    ids = ids_of(first)
-    if answer is not None:
-        messages += [{"role": "tool", "name": "calculator", "content": "22"}, {"role": "assistant", "content": answer}]
-        ids += ids_of(f"<tool>22<assistant>{answer}<eos>")
-    return messages, ids
+    if answer is None:
+        return [said]
+    return [said, {"role": "tool", "name": "calculator", "content": "22"}, {"role": "assistant", "content": answer}]
 
 
 @pytest.mark.parametrize(
@@ -52,12 +49,11 @@ def completion_of(first: str, answer: str | None = None) -> tuple[list[dict], li
     ],
 )
 def test_judges(first, answer, rewards):
-    messages, ids = completion_of(first, answer)
-    columns = {"problem": [PROBLEM], "completions": [messages], "completion_ids": [ids]}
+    completion = completion_of(first, answer)
+    columns = {"problem": [PROBLEM], "completions": [completion]}
     (call,) = recipe.judge_call(**columns)
     assert recipe.judge_answer(**columns) == [rewards[1]]
-    assert list(call.values) == [rewards[0]]
-    assert list(call.ends) == [len(ids_of(first)) - 1]
+    assert list(call.values) == [rewards[0]] + [None] * (answer is not None)
 
 
 def test_worked_solutions_are_right_and_fit():
