@@ -26,7 +26,8 @@ METHODS = {
 # Of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = ["#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73"]
 MARKERS = ["|", "o", "s", "^", "v", "D"]
-LOWEST, HIGHEST = -1.6, 1.6
+LOWEST = -1.6
+HIGHEST = 1.6
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -61,10 +62,8 @@ def figure(rows: list[dict[str, str]]) -> Figure:
         axes.scatter(inside, lines, size, colour, marker=marker, label=label, alpha=0.9, clip_on=False, zorder=3)
         for share, line in zip(shares, lines, strict=True):
             if not LOWEST <= share <= HIGHEST:
-                edge, side = (HIGHEST, 1) if share > 0 else (LOWEST, -1)
-                axes.annotate(
-                    f"{share:.1f}", (edge, line), (edge + 0.08 * side, line), va="center", ha="center", fontsize=7
-                )
+                edge = HIGHEST if share > 0 else LOWEST
+                axes.annotate(f"{share:.1f}", (edge * 1.05, line), va="center", ha="center", fontsize=7)
     axes.axvline(1, color="#888888", linewidth=0.8, zorder=1)
     axes.axvline(0, color="#888888", linewidth=0.8, linestyle=":", zorder=1)
     axes.set_yticks(range(len(processes)), processes, fontsize=8)
