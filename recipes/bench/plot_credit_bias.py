@@ -63,7 +63,7 @@ def figure(rows: list[dict[str, str]]) -> Figure:
         for share, line in zip(shares, lines, strict=True):
             if not LOWEST <= share <= HIGHEST:
                 edge = HIGHEST if share > 0 else LOWEST
-                axes.annotate(f"{share:.1f}", (edge * 1.05, line), va="center", ha="center", fontsize=7)
+                axes.text(edge * 0.95, line, f"{share:.1f}", va="center", ha="center", fontsize=7)
     axes.axvline(1, color="#888888", linewidth=0.8, zorder=1)
     axes.axvline(0, color="#888888", linewidth=0.8, linestyle=":", zorder=1)
     axes.set_yticks(range(len(processes)), processes, fontsize=8)
