@@ -194,7 +194,7 @@ def test_the_committed_rows_are_complete():
     found = table()
     assert set(found) <= set(recipe.METHODS)
     for rows in found.values():
-        assert [int(row["seed"]) for row in rows] == list(range(3))
+        assert [int(row["seed"]) for row in rows] == list(range(5))
         assert {float(row["learning_rate"]) for row in rows} == {recipe.METHODS[rows[0]["method"]]["learning_rate"]}
     # The same budget: completions are the same in number, and differ in length by a few tokens in a thousand
     tokens = [mean(int(row["tokens"]) for row in rows) for rows in found.values()]
