@@ -108,7 +108,7 @@ BAD_VALUES = [
     bad("reward_batch_tokens", -1),
     *(bad("reward_batch_tokens", value) for value in (1.5, True, "64")),
     bad("importance_sampling_level", "sequences"),
-    *(bad("reward_weights", value) for value in (["1.0"], [math.nan], [1.0, math.inf], "1.0", [[1.0]])),
+    *(bad("reward_weights", value) for value in (["one"], [math.nan], [1.0, math.inf], {"a": 1.0}, [[1.0]], [True])),
 ]
 
 
@@ -351,6 +351,8 @@ def test_checkpointing_is_trls_without_a_word_of_its_new_name(changes):
 
 def test_a_single_weight_may_stand_without_a_list():
     assert config(reward_weights=0.5).reward_weights == [0.5]
+    # The command line brings texts
+    assert config(reward_weights=["1.0", "linear:1:0.5"]).reward_weights == [1.0, "linear:1:0.5"]
 
 
 def test_a_subclass_may_take_arguments_that_are_no_fields():

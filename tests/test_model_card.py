@@ -67,20 +67,23 @@ def test_the_section_names_what_shaped_the_rewards_and_the_kl():
         multi_objective_aggregation="normalize_then_sum",
         scale_rewards="batch",
     )
-    section = training_section(args, ["steps", "answer|1"], [0.5, 2.0])
+    section = training_section(args, ["steps", "answer|1"], ["0.5", "linear:2:0"])
     said = rows(section)
     assert "`process`" in said["supervision"] and said["advantage estimator"].startswith("`min`: returns of the soft")
     assert said["discount"].endswith("each step")
     assert said["sources combined"] == "`normalize_then_sum`, scaled by `batch`"
     assert said["KL"] == "`exact`, forward, over the whole vocabulary; `beta` = 0.03, reduced by `token_mean`"
     assert "every 7 steps by 0.25" in said["KL reference"]
-    assert "| `steps` | 0.5 | 0.9 | clip:0.4 | answer&#124;1 |\n| `answer&#124;1` | 2 | 1 | none | none |\n" in section
+    assert (
+        "| `steps` | 0.5 | 0.9 | clip:0.4 | answer&#124;1 |\n| `answer&#124;1` | linear:2:0 | 1 | none | none |\n"
+        in section
+    )
     for package in ("trl_grpo_ext", "trl", "transformers", "peft", "accelerate", "torch"):
         assert re.search(rf"\b{package} \d+\.\d+", said["versions"])
 
 
 def test_outcome_supervision_without_a_kl_names_neither_discount_nor_reference():
-    section = training_section(config(), ["answer"], [1.0])
+    section = training_section(config(), ["answer"], ["1"])
     assert rows(section).keys() & {"advantage estimator", "discount", "KL reference"} == set()
     assert rows(section)["KL"].startswith("none")
     assert "| `answer` | 1 | none | none | none |" in section

@@ -10,12 +10,13 @@ from typing import Any, Literal, cast
 
 from ._trl import ADVANTAGE_EPS, GRPOConfig
 from .advantages.combine import GAMMA_UNITS
-from .advantages.estimators import ESTIMATORS, Estimator, find_estimator
+from .advantages.estimators import ESTIMATORS, estimator_name, find_estimator
 from .kl.divergences import DIVERGENCES, Divergence
 from .kl.fused.token_stats import LOGITS_MEMORY_BYTES
 from .loss import LOSS_REDUCTIONS
 from .rewards.transforms import parse_transform
 from .rewards.types import plain
+from .rewards.weights import parse_weight
 from .tables import check_choice, find_row
 
 
@@ -43,7 +44,9 @@ class GRPOExtConfig(GRPOConfig):
             normalised across the group at each token index), `"pooled"` (step rewards normalised over the whole
             group, then returns; DeepSeekMath, arXiv 2402.03300 section 4.1.3), `"step"` (the k-th steps of the group
             normalised together, then returns) or `"min"` (soft minimum over the steps, leave-one-out baseline; PURE,
-            arXiv 2504.15275). `"module:name"` is the import path of an [`~trl_grpo_ext.Estimator`].
+            arXiv 2504.15275). `"module:name"` is the import path of an [`~trl_grpo_ext.Estimator`], or of a function
+            that maps [`~trl_grpo_ext.advantages.estimators.EstimatorInputs`] with returns to advantages. Such a
+            function itself is taken too, and becomes its import path.
         position_baseline (`str`, *optional*, defaults to `"all"`):
             With `"position"`, at indices where some completions of the group have ended: `"all"` counts these as
             return 0, `"active"` leaves them out. `"leave_one_out"` compares a completion with the mean of the others,
@@ -55,6 +58,11 @@ class GRPOExtConfig(GRPOConfig):
             `"token"` discounts at every token, `"step"` only where a step ends: of the same source where each source
             has returns of its own, else of any source. `"turn"` discounts only where a turn ends, between which are
             the outputs of tools or of an environment.
+        reward_weights (`list[float | str]`, *optional*):
+            TRL's field: one per reward source. A weight may be the text of a schedule, `"PATH:FIRST:LAST"` or
+            `"PATH:FIRST:LAST:OVER"`, with the path `linear`, `cosine` or `step`: from the weight FIRST to LAST over
+            the share OVER of training, by default all of it. See
+            [`~trl_grpo_ext.rewards.weights.WeightSchedule`].
         advantage_eps (`float`, *optional*, defaults to `1e-4`):
             Added to the standard deviation that advantages are divided by. The default is TRL's.
         reward_transforms (`list[str]`, *optional*):
@@ -116,6 +124,14 @@ class GRPOExtConfig(GRPOConfig):
     gamma_unit: Literal["token", "step", "turn"] = field(
         default="token",
         metadata={"help": "Discount at every token (`token`), or only where a step (`step`) or a turn (`turn`) ends."},
+    )
+    # Texts, so that the command line takes schedules too
+    reward_weights: list[str] | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "One per reward source: a number, or a schedule PATH:FIRST:LAST[:OVER] with PATH `linear`, "
+            "`cosine` or `step`, over a share of training. By default all are 1."
+        },
     )
     advantage_eps: float = field(
         default=ADVANTAGE_EPS,
@@ -184,10 +200,9 @@ class GRPOExtConfig(GRPOConfig):
         _check_loss_type(self)
         _rename_checkpointing(self)
         super().__post_init__()
-        if _is_number(self.reward_weights):
-            # As a YAML file may have it for a single source
-            self.reward_weights = [float(cast(float, self.reward_weights))]
-        _check_weights(self.reward_weights)
+        weights = cast(Any, _check_weights(self.reward_weights))
+        self.reward_weights = weights  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.advantage_estimator = estimator_name(self.advantage_estimator)
         self.gamma = _check_gamma(self.gamma)
         self.reward_transforms = _as_names("reward_transforms", self.reward_transforms)
         self.outcome_gate = _as_names("outcome_gate", self.outcome_gate)
@@ -286,9 +301,7 @@ def _is_positive_integer(value: Any) -> bool:
 
 def _check_choices(config: GRPOExtConfig) -> None:
     check_choice("supervision", config.supervision, SUPERVISIONS)
-    find_row("advantage_estimator", config.advantage_estimator, ESTIMATORS, Estimator).with_options(
-        config.estimator_options
-    )
+    find_estimator(config.advantage_estimator, "advantage_estimator").with_options(config.estimator_options)
     # Of the other estimators' options too, which are not read
     check_choice("position_baseline", config.position_baseline, POSITION_BASELINES)
     check_choice("gamma_unit", config.gamma_unit, GAMMA_UNITS)
@@ -316,10 +329,21 @@ def _check_gamma(gamma: Any) -> float | list[float]:
     return float(gammas[0]) if len(gammas) == 1 else [float(value) for value in gammas]
 
 
-def _check_weights(weights: Any) -> None:
-    values = [] if weights is None else plain(weights)
-    if not (isinstance(values, list) and all(_is_number(value) and math.isfinite(value) for value in values)):
-        raise ValueError(f"reward_weights must be a list of finite numbers, one per reward source; got {weights!r}.")
+def _check_weights(weights: Any) -> list[float | str] | None:
+    """Numbers, and the texts of schedules."""
+    if weights is None:
+        return None
+    values = plain(weights)
+    # A YAML file may have the weight of a single source by itself
+    values = [values] if _is_number(values) or isinstance(values, str) else values
+    if not isinstance(values, list):
+        raise ValueError(f"reward_weights must be a list, one per reward source; got {weights!r}.")
+    try:
+        parsed = [parse_weight(value) for value in values]
+    except ValueError as error:
+        raise ValueError(f"reward_weights must have a weight per reward source; got {weights!r}: {error}") from None
+    pairs = zip(values, parsed, strict=True)
+    return [value if weight.changes else weight.first for value, weight in pairs]
 
 
 def _check_numbers(config: GRPOExtConfig) -> None:
@@ -395,11 +419,11 @@ def _check_process(config: GRPOExtConfig) -> None:
 
 
 def _counted_gammas(gamma: Any, weights: Any) -> list[float]:
-    """The discounts, without those of sources of weight 0, which are in no sum."""
+    """The discounts, without those of sources whose weight is always 0, which are in no sum."""
     gammas = gamma if isinstance(gamma, list) else [gamma]
     if weights is None or len(weights) != len(gammas):
         return gammas
-    return [value for value, weight in zip(gammas, plain(weights), strict=True) if weight != 0]
+    return [value for value, weight in zip(gammas, weights, strict=True) if weight != 0]
 
 
 def _check_sync(config: GRPOExtConfig) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from ._swapped import swapped
 from .advantages.estimators import find_estimator
@@ -117,7 +117,7 @@ def citations(args: GRPOExtConfig) -> list[Citation]:
     return cited
 
 
-def training_section(args: GRPOExtConfig, names: Sequence[str], weights: Sequence[float]) -> str:
+def training_section(args: GRPOExtConfig, names: Sequence[str], weights: Sequence[str]) -> str:
     """
     The section of a model card on how rewards became advantages, on the KL, and on what to cite.
 
@@ -126,8 +126,8 @@ def training_section(args: GRPOExtConfig, names: Sequence[str], weights: Sequenc
             The config of the run.
         names (`Sequence[str]`):
             Names of the K reward sources.
-        weights (`Sequence[float]`):
-            Their K weights.
+        weights (`Sequence[str]`):
+            Their K weights, numbers or schedules.
 
     Returns:
         `str`: Markdown that begins with a heading of level 2.
@@ -184,7 +184,7 @@ def _kl_rows(args: GRPOExtConfig) -> list[tuple[str, str]]:
     return [("KL", f"{kind}; `beta` = {args.beta:g}, reduced by `{args.kl_reduction}`"), ("KL reference", reference)]
 
 
-def _source_table(args: GRPOExtConfig, names: Sequence[str], weights: Sequence[float]) -> str:
+def _source_table(args: GRPOExtConfig, names: Sequence[str], weights: Sequence[str]) -> str:
     count = len(names)
     gammas = ["none"] * count
     if args.supervision == "process":
@@ -192,7 +192,7 @@ def _source_table(args: GRPOExtConfig, names: Sequence[str], weights: Sequence[f
         gammas = [f"{value:g}" for value in gamma]
     columns = {
         "reward source": [f"`{name}`" for name in names],
-        "weight": [f"{weight:g}" for weight in weights],
+        "weight": list(weights),
         "gamma": gammas,
         "transform": args.reward_transforms or ["none"] * count,
         "outcome gate": args.outcome_gate or [NO_GATE] * count,
@@ -224,7 +224,11 @@ class ModelCardTrainer(CheckpointedTrainer):
         """TRL's card, and the section on rewards, advantages and KL; takes TRL's arguments."""
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            section = training_section(self.args, self.reward_func_names, self.reward_weights.tolist())
+            weights = [f"{weight:g}" for weight in self.reward_weights.tolist()]
+            # A schedule as the config has it; an environment's own reward is in no config
+            for k, weight in enumerate(cast(list[Any], self.args.reward_weights or [])):
+                weights[k] = weight if isinstance(weight, str) else weights[k]
+            section = training_section(self.args, self.reward_func_names, weights)
             with (Path(cast(str, self.args.output_dir)) / CARD_NAME).open("a", encoding="utf-8") as card:
                 card.write(f"\n\n{section}")
 

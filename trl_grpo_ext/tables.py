@@ -1,7 +1,7 @@
 """Names that stand for something: a value among those allowed, a row of a table, or a row by import path."""
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 
@@ -34,6 +34,31 @@ def import_by_path(what: str, path: str) -> Any:
             f"{what} cannot be imported ({type(error).__name__}: {error}). Its module must be installed, in the "
             "working directory or on PYTHONPATH."
         ) from error
+
+
+def import_path(what: str, function: Callable[..., Any]) -> str:
+    """
+    The import path `module:name` of a function.
+
+    Args:
+        what (`str`):
+            Names it in the error.
+        function (`Callable`):
+            The function.
+
+    Raises:
+        ValueError: the path does not lead to the function, as for a lambda or a function within a function.
+    """
+    path = f"{function.__module__}:{function.__qualname__}"
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if found is not function:
+        raise ValueError(
+            f"{what} is a function that cannot be found again as {path!r}. Define it at the top level of a module."
+        )
+    return path
 
 
 def find_row(name: str, value: Any, table: Mapping[str, Row], row_type: type[Row]) -> Row:

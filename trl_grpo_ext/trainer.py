@@ -50,6 +50,7 @@ from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
 from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
 from .rewards.step_warnings import StepWarnings
 from .rewards.types import plain
+from .rewards.weights import parse_weight
 
 
 logger = logging.get_logger(__name__)
@@ -152,39 +153,33 @@ class GRPOExtTrainer(CreditTrainer):
         self._needs_prompt = environment_factory is None
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         check_columns(datasets, self._needs_prompt)
-        super().__init__(
-            model=model,
-            reward_funcs=_open_sources(reward_funcs, args),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        self._weights = [parse_weight(weight) for weight in cast(list[Any], args.reward_weights or [])]
+        # TRL takes numbers; the config keeps what it was given
+        numbers = None if args.reward_weights is None else [weight.first for weight in self._weights]
+        with swapped(args, reward_weights=numbers):
+            super().__init__(
+                model=model,
+                reward_funcs=_open_sources(reward_funcs, args),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
         _check_trains(cast(nn.Module, self.model))
         self._check_eos_token()
-        args.check_sources(self.reward_func_names)
         self._separator_ids = self._tokenize_separator()
-        self._transforms = args.reward_transforms or ["none"] * len(self.reward_funcs)
-        self._gates = gate_indices(args.outcome_gate or [NO_GATE] * len(self.reward_funcs), self.reward_func_names)
         # A rollout function may bring more columns
         if rollout_func is None:
             check_source_columns(self.reward_funcs, self.reward_func_names, datasets)
-        self._prepare_sources()
-        # Of the batch that is being scored
-        self._tool_mask: list[list[int]] | None = None
-        self._scored: _Scored | None = None
-        self._first_completion = ""
-        self._step_warnings = StepWarnings(args.supervision == "outcome")
-        # A `reduce` that does not exist is known now
-        self._wrap_sources()
+        self._set_up_rewards()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts
@@ -228,6 +223,20 @@ class GRPOExtTrainer(CreditTrainer):
     # -----------------------------------------------------------------------------------------------------------------
     # Rewards
 
+    def _set_up_rewards(self) -> None:
+        names = self.reward_func_names
+        self.args.check_sources(names)
+        self._transforms = self.args.reward_transforms or ["none"] * len(names)
+        self._gates = gate_indices(self.args.outcome_gate or [NO_GATE] * len(names), names)
+        self._step_warnings = StepWarnings(self.args.supervision == "outcome")
+        # Of the batch that is being scored
+        self._tool_mask: list[list[int]] | None = None
+        self._scored: _Scored | None = None
+        self._first_completion = ""
+        self._prepare_sources()
+        # A `reduce` that does not exist is known now
+        self._wrap_sources()
+
     def _prepare_sources(self) -> None:
         self.reward_funcs = prepare_reward_sources(
             self.reward_funcs,
@@ -264,6 +273,18 @@ class GRPOExtTrainer(CreditTrainer):
         self._scored = _Scored(sources, scores_NK, withheld_NK, returned_NK, completion_ids_list)
         self._first_completion = str(completions[0])
         return self._scored.counted_NK
+
+    def _follow_schedules(self) -> None:
+        """Set the weights that change, and log all of them; a function of the step, so that a resumed run goes on."""
+        if not any(weight.changes for weight in self._weights):
+            return
+        # Before training there is no last step
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        for k, weight in enumerate(self._weights):
+            if weight.changes:
+                self.reward_weights[k] = weight.at(progress)
+        weights = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        self._record({f"rewards/{name}/weight": weight for name, weight in weights})
 
     def _follow_subclass(self, rewards_NK: torch.Tensor) -> None:
         """
@@ -409,6 +430,7 @@ class GRPOExtTrainer(CreditTrainer):
         )
 
     def _generate_and_score_completions(self, inputs):
+        self._follow_schedules()
         # Streamed data tells its columns only now
         check_row("the data set", next(iter(inputs)), self._needs_prompt)
         compute_rewards = self._calculate_rewards

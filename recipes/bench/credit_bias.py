@@ -310,12 +310,14 @@ def returns(process: Process, all_: Listed, gamma: float, gamma_unit: str) -> to
     for weight, gamma_k, rewards_NT in zip(process.weights, gammas, all_.rewards_KNT, strict=True):
         for i in range(len(rewards_NT)):
             following = 0.0
+            after = None
             for t in reversed(all_.mask_NT[i].nonzero()[:, 0].tolist()):
                 reward = rewards_NT[i, t].item()
-                ends_step = not math.isnan(reward)
-                factor = gamma_k if gamma_unit == "token" or ends_step else 1.0
-                following = (reward if ends_step else 0.0) + factor * following
+                is_given = not math.isnan(reward)
+                discounted = {"token": True, "step": is_given, "turn": t + 1 != after}[gamma_unit]
+                following = (reward if is_given else 0.0) + (gamma_k if discounted else 1.0) * following
                 summed[i, t] += weight * following
+                after = t
     return summed
 
 
@@ -351,7 +353,7 @@ class Setting(NamedTuple):
         gamma (`float`):
             Discount.
         gamma_unit (`str`):
-            `"token"` or `"step"`.
+            `"token"`, `"step"` or, where tools answer, `"turn"`.
     """
 
     estimator: str
@@ -375,7 +377,7 @@ NORMALISATIONS = [
     *((scale, "sum_then_normalize") for scale in ("none", "group", "batch")),
     ("group", "normalize_then_sum"),
 ]
-DISCOUNTS = [(1.0, "token"), (0.9, "token"), (0.9, "step")]
+DISCOUNTS = [(1.0, "token"), (0.9, "token"), (0.9, "step"), (0.9, "turn")]
 
 
 def settings_of(process: Process) -> list[Setting]:
@@ -386,6 +388,8 @@ def settings_of(process: Process) -> list[Setting]:
 
 def _is_possible(process: Process, setting: Setting) -> bool:
     if setting.baseline == "optimal" and setting.scale != "none":
+        return False
+    if setting.gamma_unit == "turn" and all(token.in_loss for row, _ in process.completions for token in row):
         return False
     # The sum of step rewards has one gamma
     sums_steps = setting.estimator in ("pooled", "step") and setting.aggregation == "sum_then_normalize"

@@ -345,8 +345,9 @@ def test_a_row_that_is_added_to_the_table_is_an_estimator(batch, order, unit):
     with pytest.raises(ValueError, match="estimator must be one of 'position', .*'mine'"):
         batch.run({"estimator": "mine", **options})
     unlisted = batch.run({"estimator": Estimator(leave_one_out_by_position), **options})
-    by_path = batch.run({"estimator": f"{__name__}:BY_PATH", **options})
-    assert np.array_equal(unlisted, advantages) and np.array_equal(by_path, advantages)
+    assert np.array_equal(unlisted, advantages)
+    for other in (f"{__name__}:BY_PATH", leave_one_out_by_position, f"{__name__}:leave_one_out_by_position"):
+        assert np.array_equal(batch.run({"estimator": other, **options}), advantages)
 
 
 BY_PATH = Estimator(leave_one_out_by_position)
@@ -357,8 +358,8 @@ BY_PATH = Estimator(leave_one_out_by_position)
     [
         (f"{__name__}:ABSENT", ValueError, r"estimator='.*:ABSENT' cannot be imported \(AttributeError: .*ABSENT"),
         ("no_such_module:BY_PATH", ValueError, r"cannot be imported \(ModuleNotFoundError: .*no_such_module"),
-        (f"{__name__}:leave_one_out_by_position", TypeError, "is a function; it has to be of type Estimator"),
-        (leave_one_out_by_position, ValueError, "estimator must be one of 'position'"),
+        (f"{__name__}:LABELS", TypeError, "is a list; it has to be of type Estimator"),
+        (3, ValueError, "estimator must be one of 'position'"),
     ],
 )
 def test_what_is_no_estimator_is_named(estimator, error, message):

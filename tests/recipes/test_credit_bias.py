@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import credit_bias
+import plot_credit_bias
 import pytest
 import torch
 from credit_bias import METHODS, PROCESSES, Setting
@@ -105,3 +106,18 @@ def test_the_committed_table_is_what_the_package_does():
                 assert same or found == pytest.approx(expected, rel=1e-4, abs=1e-7), (name, setting, column)
             checked += 1
     assert checked > 400 and len(METHODS) == 7
+
+
+def test_the_committed_figure_shows_the_committed_table(tmp_path):
+    shown = plot_credit_bias.read(CSV)
+    # There is no share of a gradient that is 0
+    assert {row["process"] for row in shown} == set(PROCESSES) - {"no spread"}
+    plot_credit_bias.figure(shown).savefig(tmp_path / "figure.svg", metadata={"Date": None})
+    drawn = [text.split("<!-- ")[1].split(" -->")[0] for text in read_text(tmp_path / "figure.svg")]
+    assert drawn == [text.split("<!-- ")[1].split(" -->")[0] for text in read_text(CSV.with_suffix(".svg"))]
+    assert "11.6" in drawn and "min" in drawn
+
+
+def read_text(path: Path) -> list[str]:
+    """The texts of a figure, which lie in comments beside their outlines."""
+    return [line for line in path.read_text().splitlines() if "<!-- " in line]

@@ -1,14 +1,15 @@
 """Package metadata is read once in a test process."""
 
 import functools
-import importlib.metadata
+from importlib.metadata import Distribution
 
 
 def read_package_metadata_once() -> None:
     """
-    Remember what `importlib.metadata.metadata` returns.
+    Remember each installed package and its metadata.
 
-    accelerate asks at each unwrapping of a model whether PEFT is installed, and each time the file is parsed anew: a
-    seventh of the time of the trainer's tests.
+    accelerate asks at each unwrapping of a model whether PEFT is installed, and each model card asks for versions.
+    Each time the package's file is parsed anew: a seventh of the time of the trainer's tests, and a twelfth.
     """
-    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+    Distribution.from_name = functools.cache(Distribution.from_name)  # type: ignore[method-assign]
+    Distribution.metadata = property(functools.cache(Distribution.metadata.fget))  # type: ignore[method-assign]

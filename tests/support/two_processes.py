@@ -6,6 +6,7 @@ A part finds its models in a folder of its name, and leaves what it saw in anoth
 `rank0.txt` and `rank1.txt` with the traceback of a failure.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -74,6 +75,9 @@ def run_parts(models: Path, output: Path, sharding: str, environments: list[dict
     read_package_metadata_once()
     if sharding.startswith("zero"):
         importlib.import_module("deepspeed")
+    # `Trainer.train` and `save_model` collect garbage, which in a fork would copy every page of what was imported
+    gc.collect()
+    gc.freeze()
     for part in [name for name in PARTS if sharding in SHARDINGS[name]]:
         # A process group of its own: what another part did to its group, or failed to do, is not seen
         group = {"MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": "False"}

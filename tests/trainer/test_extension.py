@@ -54,6 +54,38 @@ def test_an_estimator_added_to_the_table_is_trained_on(tiny_model, tmp_path, mon
         torch.testing.assert_close(batch["advantages"][row, :length], torch.tensor(expected))
 
 
+def test_a_function_is_an_estimator_under_its_import_path(tiny_model, tmp_path):
+    trainer = trainer_of(
+        GRPOExtTrainer, tiny_model, tmp_path, supervision="process", advantage_estimator=plain_returns, gamma=1.0
+    )
+    assert trainer.args.advantage_estimator == f"{__name__}:plain_returns"
+    assert f'"{__name__}:plain_returns"' in trainer.args.to_json_string()
+    advantages = scored_batch(trainer, len(LENGTHS))["advantages"]
+    assert advantages[0, 1].item() == LENGTHS[0]
+    row = ESTIMATORS["step"]
+    for estimator in (row, row.function):
+        config = GRPOExtConfig(tmp_path, bf16=False, supervision="process", advantage_estimator=estimator)
+        assert config.advantage_estimator == "step"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (lambda inputs: inputs.values_NT, "cannot be found again as .*Define it at the top level of a module"),
+        (Estimator(min), "is an Estimator that is not in ESTIMATORS"),
+        (f"{__name__}:absent", "advantage_estimator='.*:absent' cannot be imported"),
+        ("pooledd", "advantage_estimator must be one of 'position', 'pooled'"),
+    ],
+)
+def test_an_estimator_that_a_saved_config_could_not_name_is_refused(tmp_path, estimator, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOExtConfig(tmp_path, bf16=False, supervision="process", advantage_estimator=estimator)
+
+
+def plain_returns(inputs):
+    return inputs.values_NT
+
+
 def test_overridden_advantages_are_trained_on_under_both_supervisions(tiny_model, tmp_path):
     class Rows(GRPOExtTrainer):
         def compute_advantages(self, batch):

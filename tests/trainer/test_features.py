@@ -148,11 +148,17 @@ def long_enough(ids):
 
 
 def on_tokens(returned, mask_NT):
-    """`(N, T)` rewards as the design says: a float on the last loss token, others on their own; NaN elsewhere."""
+    """
+    `(N, T)` rewards as the design says: a float on the last loss token, a step's on its own or on the last loss token
+    before a tool's output, those of a list on their own; NaN elsewhere.
+    """
     rewards_NT = np.full(mask_NT.shape, nan)
     for row, value in enumerate(returned):
         if isinstance(value, StepRewards):
-            rewards_NT[row, list(value.ends)] = value.values
+            for end, reward in zip(value.ends, value.values, strict=True):
+                before = np.flatnonzero(mask_NT[row, : end + 1])
+                token = before[-1] if len(before) else end
+                rewards_NT[row, token] = np.nansum([rewards_NT[row, token], reward])
         elif isinstance(value, list):
             rewards_NT[row, : len(value)] = value
         elif value is not None and mask_NT[row].any():
@@ -178,7 +184,7 @@ def assert_advantages(batch, expected, atol=1e-5):
 
 
 # Eight completions of two groups with holes in the mask, and three sources that return every form there is. The last
-# completion is judged by nobody; completion 5 only by a step that ends in a hole.
+# completion is judged by nobody; completion 5 only by a step that ends in a hole, and whose reward moves.
 LENGTHS = [5, 3, 6, 1, 4, 5, 2, 4]
 ROWS = fixed_completions(
     LENGTHS,
@@ -190,7 +196,7 @@ STEPS = [
     StepRewards([2, 3, 5], [0.5, -1.0, 0.75]),
     None,
     StepRewards([2, 3], [0.0, 1.0]),
-    StepRewards([1], [50.0]),
+    StepRewards([1], [0.375]),
     StepRewards([], []),
     None,
 ]
@@ -265,7 +271,7 @@ def test_every_form_of_reward_is_trained_on_as_the_oracle_says(
     )
     assert batch["advantages"].shape == (8, 6)
     assert_advantages(batch, expected)
-    assert (batch["advantages"][[5, 7]] == 0).all()
+    assert (batch["advantages"][7] == 0).all()
 
 
 @pytest.mark.parametrize("eps", [1e-4, 1e-8])
@@ -282,7 +288,7 @@ def test_outcome_supervision_reduces_each_source_in_its_own_way(tiny_model, tmp_
         [-1.0, 0.2, nan],
         [nan, 0.6, 0.25],
         [0.0, nan, 30.21875],
-        [50.0, nan, nan],
+        [0.375, nan, nan],
         [nan, 0.25, 2.0],
         [nan, nan, nan],
     ]
@@ -977,8 +983,8 @@ def test_the_metrics_are_those_of_the_loss_tokens(tiny_model, tmp_path):
     )
     entry = trainer.state.log_history[0]
     by_hand = {
-        # Inside the mask: 1, 0.5 | 0.25 | 0.5, -1, 0.75 | 0, 1; completion 5 was judged in a hole only
-        "steps": ([1.0, 0.5, 0.25, 0.5, -1.0, 0.75, 0.0, 1.0], 8 / 4, 4 / 8),
+        # 1, 0.5 | 0.25 | 0.5, -1, 0.75 | 0, 1 | 0.375, which was given in a hole
+        "steps": ([1.0, 0.5, 0.25, 0.5, -1.0, 0.75, 0.0, 1.0, 0.375], 9 / 5, 3 / 8),
         # 1 | 0.5, 0.5 | 0.25 | 0.75, 0.125 | 2
         "mixed": ([1.0, 0.5, 0.5, 0.25, 0.75, 0.125, 2.0], 7 / 5, 3 / 8),
     }

@@ -55,7 +55,8 @@ def process_advantages(
         group_size (`int`):
             Completions per prompt, in consecutive rows.
         estimator (`str` or [`~trl_grpo_ext.Estimator`]):
-            A key of [`~trl_grpo_ext.ESTIMATORS`], or an estimator that is not in the table.
+            A key of [`~trl_grpo_ext.ESTIMATORS`], or an estimator that is not in the table; see
+            [`~trl_grpo_ext.advantages.estimators.find_estimator`].
         gamma (`float` or `Sequence[float]`):
             Discount in `[0, 1]`, one for all sources or one each.
         gamma_unit (`str`, *optional*, defaults to `"token"`):

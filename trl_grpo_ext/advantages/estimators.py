@@ -9,6 +9,7 @@ Conventions of the functions:
 - A set of values without spread, or of one completion, is normalised to exactly 0.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tables import check_choice, find_row
+from ..tables import check_choice, find_row, import_by_path, import_path
 from .normalization import Comparison, compare, completion_weights, grouped, mean_of_others, pack_order, standardize
 
 
@@ -360,12 +361,41 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def find_estimator(estimator: str | Estimator) -> Estimator:
+def find_estimator(estimator: Any, name: str = "estimator") -> Estimator:
     """
-    The row of [`ESTIMATORS`] with that name, or at that import path; an estimator is returned as it is.
+    The row of [`ESTIMATORS`] with that name, or what is at that import path.
+
+    Args:
+        estimator (`str`, [`Estimator`] or `Callable`):
+            An estimator is returned as it is. A function stands for one that normalises returns and has no options.
+        name (`str`, *optional*, defaults to `"estimator"`):
+            Of the setting, for messages.
 
     Raises:
         ValueError: the table has no such row, or the import path leads nowhere.
-        TypeError: what is found is not an [`Estimator`].
+        TypeError: what is found is neither an [`Estimator`] nor a function.
     """
-    return find_row("estimator", estimator, ESTIMATORS, Estimator)
+    found = estimator
+    if isinstance(estimator, str) and ":" in estimator:
+        found = import_by_path(f"{name}={estimator!r}", estimator)
+    if inspect.isroutine(found):
+        return Estimator(found)
+    return find_row(name, estimator, ESTIMATORS, Estimator)
+
+
+def estimator_name(estimator: Any) -> Any:
+    """
+    A text for an estimator, since a configuration is saved as text: its key in [`ESTIMATORS`], or its import path.
+
+    Raises:
+        ValueError: an estimator that has neither.
+    """
+    for key, row in ESTIMATORS.items():
+        if estimator is row or estimator is row.function:
+            return key
+    if isinstance(estimator, Estimator):
+        raise ValueError(
+            "advantage_estimator is an Estimator that is not in ESTIMATORS, and a configuration is saved as text. Add "
+            "the row, ESTIMATORS['my_name'] = ..., and give its name; or give its import path, 'module:NAME'."
+        )
+    return import_path("advantage_estimator", estimator) if inspect.isroutine(estimator) else estimator
