@@ -98,7 +98,8 @@ def turn_metrics(
     if most < 2:
         return {}
     metrics = {
-        "turns/per_completion": counts_N.double().mean().item(),
+        # A completion that is masked as truncated has none
+        "turns/per_completion": counts_N[counts_N > 0].double().mean().item(),
         "turns/tokens": (mask_NT.sum() / counts_N.sum()).item(),
     }
     for name, rewards_NT, has_steps in zip(names, rewards_KNT, has_steps_K, strict=True):

@@ -155,11 +155,11 @@ def test_mt_grpo(seed, weight):
 
 
 def test_metrics_of_turns():
-    mask_NT = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0]])
+    mask_NT = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0], [0] * 6])
     rewards_KNT = torch.tensor(
         [
-            [[1.0, 2.0, nan, nan, nan, 5.0], [3.0, nan, nan, nan, nan, nan]],
-            [[nan] * 5 + [1.0], [nan] * 4 + [1.0, nan]],
+            [[1.0, 2.0, nan, nan, nan, 5.0], [3.0, nan, nan, nan, nan, nan], [nan] * 6],
+            [[nan] * 5 + [1.0], [nan] * 4 + [1.0, nan], [nan] * 6],
         ]
     )
     found = turn_metrics(["judge", "right"], rewards_KNT, mask_NT, [True, False])
