@@ -61,7 +61,7 @@ class GRPOExtConfig(GRPOConfig):
         reward_weights (`list[float | str]`, *optional*):
             TRL's field: one per reward source. A weight may be the text of a schedule, `"PATH:FIRST:LAST"` or
             `"PATH:FIRST:LAST:OVER"`, with the path `linear`, `cosine` or `step`: from the weight FIRST to LAST over
-            the share OVER of training, by default all of it. See
+            the share OVER of training, by default all of it; a step comes where this share is over. See
             [`~trl_grpo_ext.rewards.weights.WeightSchedule`].
         advantage_eps (`float`, *optional*, defaults to `1e-4`):
             Added to the standard deviation that advantages are divided by. The default is TRL's.

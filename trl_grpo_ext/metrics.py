@@ -89,14 +89,12 @@ def turn_metrics(
             As for [`step_metrics`].
 
     Returns:
-        `dict[str, float]`: empty where no completion has a second turn. `rewards/{source}/turn_{k}` is the mean, over
+        `dict[str, float]`: NaN for a mean of nothing. `rewards/{source}/turn_{k}` is the mean, over
         the completions whose k-th turn the source rewards, of the sum of its rewards there; k counts from 1.
     """
     turns_NT = turn_indices(mask_NT)
     counts_N = turns_NT.amax(1) + 1
     most = int(counts_N.max())
-    if most < 2:
-        return {}
     metrics = {
         # A completion that is masked as truncated has none
         "turns/per_completion": counts_N[counts_N > 0].double().mean().item(),

@@ -368,7 +368,9 @@ class GRPOExtTrainer(CreditTrainer):
             has_steps_K = [steps > 0 for steps in batch.steps_K]
             # Of an outcome source TRL logs mean and std, and the number of its steps is always 1
             metrics |= step_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
-            metrics |= turn_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
+            # In every batch with tools, called or not: the log is a mean over batches
+            if self._tool_mask is not None:
+                metrics |= turn_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
             metrics |= outcome_correlations(batch.names, batch.rewards_KNT, has_steps_K, batch.group_size)
         return metrics
 
@@ -496,10 +498,10 @@ class GRPOExtTrainer(CreditTrainer):
         positive, counted = total(self.accelerator, positive_counts(advantages, mask_BT))
         self._record({"advantages/positive_share": positive / max(counted, 1.0)})
         # Under outcome supervision all turns of a completion have the same
-        if advantages.ndim == 2:
+        if advantages.ndim == 2 and self._tool_mask is not None:
             sums = total(self.accelerator, turn_sums(advantages, mask_BT))
             turns = [(turn, value / tokens) for turn, (value, tokens) in enumerate(sums, 1) if tokens]
-            self._record({f"advantages/turn_{turn}": mean for turn, mean in turns} if len(turns) > 1 else {})
+            self._record({f"advantages/turn_{turn}": mean for turn, mean in turns})
 
 
 def _open_sources(reward_funcs: Any, args: GRPOExtConfig) -> list[Any] | None:

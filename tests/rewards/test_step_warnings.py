@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from tests.support.tiny_models import tiny_tokenizer
 from tests.support.training import EOS, FixedCompletions, make_trainer, scored_batch
@@ -107,11 +108,13 @@ def test_rewards_outside_the_loss_mask_are_counted(tiny_model, tmp_path, mask, s
         ([1, 1, 1, 0, 1, 1], {2: "a\nb", 4: "c"}, Segmentation("newline", min_step_tokens=3)),
     ],
 )
-def test_the_output_of_a_tool_belongs_to_no_step_and_ends_one(tiny_model, tmp_path, mask, steps, by):
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_the_output_of_a_tool_belongs_to_no_step_and_ends_one(tiny_model, tmp_path, mask, steps, by, form):
     """The tokens are a, newline, b, newline, c, end."""
     seen = []
     rows = rows_of(["a\nb\nc"] * 4)
-    rows.env_mask = [mask] * 4
+    rows.completion_ids = [form(ids) for ids in rows.completion_ids]
+    rows.env_mask = [form(mask)] * 4
 
     @step_reward(by=by)
     def judge(steps):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support import oracles
 from trl_grpo_ext import StepRewards, TurnRewards
 from trl_grpo_ext.advantages.combine import process_advantages
-from trl_grpo_ext.metrics import turn_metrics
+from trl_grpo_ext.metrics import turn_metrics, turn_sums
 from trl_grpo_ext.rewards.sources import wrap_source
 from trl_grpo_ext.rewards.turns import Turn, find_turns, land_on_policy_tokens
 
@@ -170,4 +170,20 @@ def test_metrics_of_turns():
         "rewards/judge/turn_1": 3.0,
         "rewards/judge/turn_3": 5.0,
     }
-    assert turn_metrics(["judge"], rewards_KNT[:1, :1, :2], mask_NT[:1, :2], [True]) == {}
+    alone = turn_metrics(["judge"], rewards_KNT[:1, :1, :2], mask_NT[:1, :2], [True])
+    assert alone == {"turns/per_completion": 1.0, "turns/tokens": 2.0, "rewards/judge/turn_1": 3.0}
+
+
+def test_sums_of_turns():
+    mask_BT = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
+    sums = turn_sums(torch.tensor([[1.0, 2.0, 0.0, 4.0], [8.0, 0.0, 0.0, 0.0]]), mask_BT)
+    assert sums[:3].tolist() == [[11.0, 3.0], [4.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda values: np.array(values, dtype=object)])
+def test_a_list_in_any_form_keeps_its_values(form):
+    source = wrap_source(
+        lambda **columns: iter([form([1.0, 2.0, 10.0, 20.0, 5.0])]), "judge", "none", False, [[1, 1, 0, 0, 1]]
+    )
+    source(completion_ids=[[7] * 5], completions=["text"])
+    assert source.rewards[0] == StepRewards(list(range(5)), [1.0, 2.0, 10.0, 20.0, 5.0])

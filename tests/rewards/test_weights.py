@@ -25,7 +25,6 @@ def sign(row, **columns):
         ("linear:0:2:0.5", {0.0: 0.0, 0.25: 1.0, 0.5: 2.0, 1.0: 2.0}),
         ("cosine:1:0.5", {0.0: 1.0, 0.25: 0.75 + math.sqrt(2) / 8, 0.5: 0.75, 1.0: 0.5}),
         ("step:1:-1:0.3", {0.0: 1.0, 0.29: 1.0, 0.3: -1.0, 1.0: -1.0}),
-        ("step:0:1", {0.99: 0.0, 1.0: 1.0}),
     ],
 )
 def test_values(text, at):
@@ -38,7 +37,7 @@ def test_values(text, at):
     "value",
     [
         *("half", "", "linear", "linear:1", "linear:1:2:3:4", "line:1:0", "linear:1:x", "linear:1:nan", "nan", "1:2"),
-        *("linear:1:0:0", "linear:1:0:1.5", "cosine:1:0:-0.5", True, None, [1.0]),
+        *("linear:1:0:0", "linear:1:0:1.5", "cosine:1:0:-0.5", "step:0:1", "step:0:1:1", True, None, [1.0]),
     ],
 )
 def test_what_is_no_weight(value):
@@ -96,7 +95,7 @@ def test_a_schedule_may_not_start_where_its_gamma_does_not_fit(tiny_model, tmp_p
             supervision="process",
             advantage_estimator="pooled",
             gamma=[0.9, 1.0],
-            reward_weights=[1.0, "step:0:1"],
+            reward_weights=[1.0, "step:0:1:0.5"],
         )
 
 

@@ -116,7 +116,9 @@ class RewardSource:
                 f"reward source '{self.name}' returned {type(returned).__name__}; expected a list with one reward per "
                 "completion."
             )
-        returned = [parse_as_trl(value) for value in returned] if self.is_outcome else list(returned)
+        returned = (
+            [parse_as_trl(value) for value in returned] if self.is_outcome else [plain(value) for value in returned]
+        )
         if len(returned) != len(tool_mask):
             raise ValueError(
                 f"reward source '{self.name}' returned {len(returned)} rewards for {len(tool_mask)} completions."

@@ -69,9 +69,10 @@ def parse_weight(value: Any) -> WeightSchedule:
         return WeightSchedule(_CONSTANT, numbers[0], numbers[0])
     if is_finite and path in _PATHS and len(numbers) in (2, 3):
         schedule = WeightSchedule(path, *numbers)
-        if 0 < schedule.over <= 1:
+        # The last batch is generated before the end, where such a step would lie
+        if 0 < schedule.over <= 1 and (path != "step" or schedule.over < 1):
             return schedule
     raise ValueError(
         f"{value!r} is no weight: a finite number, or PATH:FIRST:LAST or PATH:FIRST:LAST:OVER, with PATH one of "
-        f"{', '.join(_PATHS)} and OVER a share of training in (0, 1]."
+        f"{', '.join(_PATHS)} and OVER a share of training in (0, 1], below 1 for a step."
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..rewards.turns import Turn, find_turns
-from ..rewards.types import StepRewards
+from ..rewards.types import StepRewards, plain
 from .alignment import align_tokens, strip_special
 from .segmentation import Segmentation, Step, join_turns, segment
 
@@ -106,6 +106,8 @@ def policy_steps(
             f"{source} has no `policy_tokenizer` to decode completion_ids with. GRPOExtTrainer sets it for sources "
             "in `reward_funcs`; elsewhere set it to the policy's own."
         )
+    # A rollout function may return tensors
+    completion_ids = plain(completion_ids)
     masks = [[1] * len(ids) for ids in completion_ids] if tool_mask is None else tool_mask
     return [
         _steps_of_turns(policy_tokenizer, ids, find_turns(mask), segmentation)
