@@ -56,12 +56,15 @@ def test_an_estimator_added_to_the_table_is_trained_on(tiny_model, tmp_path, mon
 
 def test_a_function_is_an_estimator_under_its_import_path(tiny_model, tmp_path):
     trainer = trainer_of(
-        GRPOExtTrainer, tiny_model, tmp_path, supervision="process", advantage_estimator=plain_returns, gamma=1.0
+        GRPOExtTrainer, tiny_model, tmp_path, supervision="process", advantage_estimator=squared_returns, gamma=1.0
     )
-    assert trainer.args.advantage_estimator == f"{__name__}:plain_returns"
-    assert f'"{__name__}:plain_returns"' in trainer.args.to_json_string()
-    advantages = scored_batch(trainer, len(LENGTHS))["advantages"]
-    assert advantages[0, 1].item() == LENGTHS[0]
+    assert trainer.args.advantage_estimator == f"{__name__}:squared_returns"
+    assert f'"{__name__}:squared_returns"' in trainer.args.to_json_string()
+    # The square of the sum of both rewards, which the sum of their squares is not
+    batch = scored_batch(trainer, len(LENGTHS))
+    both = batch["completion_ids"][0, 0].item() / 10 + LENGTHS[0]
+    assert batch["advantages"][0, 0].item() == pytest.approx(both**2)
+    assert batch["advantages"][0, 1].item() == LENGTHS[0] ** 2
     row = ESTIMATORS["step"]
     for estimator in (row, row.function):
         config = GRPOExtConfig(tmp_path, bf16=False, supervision="process", advantage_estimator=estimator)
@@ -82,8 +85,8 @@ def test_an_estimator_that_a_saved_config_could_not_name_is_refused(tmp_path, es
         GRPOExtConfig(tmp_path, bf16=False, supervision="process", advantage_estimator=estimator)
 
 
-def plain_returns(inputs):
-    return inputs.values_NT
+def squared_returns(inputs):
+    return inputs.values_NT**2
 
 
 def test_overridden_advantages_are_trained_on_under_both_supervisions(tiny_model, tmp_path):

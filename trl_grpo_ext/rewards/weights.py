@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-# How far the weight has gone from its first to its last value, by how much of the schedule is over, in [0, 1]
 _CONSTANT = "constant"
+# How far the weight has gone from its first to its last value, by how much of the schedule is over, in [0, 1]
 _PATHS: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
     "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
