@@ -238,6 +238,11 @@ def test_each_turn_s_reward_lies_on_its_last_token_and_no_other_has_advantage_or
         ((divergence * mask).sum() / mask.sum()).item(), rel=1e-4
     )
     log = trainer.state.log_history[0]
+    own_NT = mask.numpy() > 0
+    starts_NT = own_NT & ~np.pad(own_NT[:, :-1], ((0, 0), (1, 0)))
+    for turn in (1, 2):
+        tokens_NT = own_NT & (starts_NT.cumsum(1) == turn)
+        assert log[f"advantages/turn_{turn}"] == pytest.approx(batch["advantages"].numpy()[tokens_NT].mean(), abs=1e-6)
     assert {"turns/per_completion", "rewards/turns/turn_1", "rewards/turns/turn_2", "advantages/turn_2"} <= log.keys()
 
 
