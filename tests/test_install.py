@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import trl_grpo_ext
+from tests.support.documents import TEXTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_dependencies_install_on_every_python_that_is_promised():
 def test_commands_of_the_documents_install_what_they_need():
     """The extra in the README's first command has what its recipe imports; no command names an extra that is gone."""
     extras = PROJECT["optional-dependencies"]
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "recipes").glob("*.md"))]
+    texts = list(TEXTS.values())
     named = re.findall(r"(?:\.|trl_grpo_ext)\[([\w,]+)\]", "\n".join(texts))
     assert {extra for group in named for extra in group.split(",")} <= set(extras)
     # `.ci/run` takes this command, too, by how it begins and ends
@@ -131,4 +132,4 @@ def test_the_wheel_holds_the_package_alone_and_its_command(distributions):
     # There is no repository beside the page of the package index
     text = described.get_payload()
     assert re.findall(r"\]\((?!https?://)[^)]*\)", text) == []
-    assert len(text) > 0.9 * len((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(text) > 0.8 * len((ROOT / "README.md").read_text(encoding="utf-8"))

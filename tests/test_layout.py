@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.documents import TEXTS
+
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_grpo_ext"
@@ -187,9 +189,9 @@ def test_what_is_public_is_what_readme_and_recipes_use():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ImportFrom) and node.module == "trl_grpo_ext":
                 imported |= {alias.name for alias in node.names}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    documents = "\n".join(TEXTS.values())
     assert imported <= public
-    assert {name for name in public - imported if name not in readme} == set()
+    assert {name for name in public - imported if name not in documents} == set()
 
 
 @pytest.mark.parametrize("module", MODULES)

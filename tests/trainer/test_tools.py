@@ -5,22 +5,18 @@ The policy writes a few characters only, so that it calls often: what it writes 
 argument of a call. Which tokens are the policy's is computed here from the messages, whose characters are the tokens.
 """
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from tests.support import oracles
+from tests.support.documents import python_example
 from tests.support.tiny_models import CHARACTERS, tiny_tokenizer
 from tests.support.training import EOS, FIRST_CHARACTER, RecordingExtTrainer, moved_policy
 from trl_grpo_ext import GRPOExtConfig, StepRewards, TurnRewards, step_reward
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-README_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 G = 4
 ITERATIONS = 3
 WRITTEN = "12=+;"
@@ -314,9 +310,8 @@ def test_a_mask_that_does_not_fit_is_named(tiny_model, tmp_path, name, mask, mes
         run(tiny_model, Seen("outcome", outcome), tmp_path, {"rollout_func": rollout})
 
 
-def test_the_example_of_the_readme(tiny_model, tmp_path):
+def test_the_example_of_the_documents(tiny_model, tmp_path):
     torch.manual_seed(3)
-    (code,) = [block for block in README_BLOCKS if "judge_calls" in block]
     names = {
         "model": tiny_model,
         "dataset": conversations(),
@@ -325,7 +320,7 @@ def test_the_example_of_the_readme(tiny_model, tmp_path):
         "GRPOExtConfig": lambda **config: config_of(tmp_path, **config),
         "GRPOExtTrainer": trained,
     }
-    exec(code, names)
+    exec(python_example("judge_calls"), names)
     log = names["trainer"].state.log_history[0]
     assert log["rewards/judge_calls/turn_1"] >= 1
     assert 0 < log["rewards/judge_calls/unjudged"] < 1
