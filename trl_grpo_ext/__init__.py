@@ -49,7 +49,7 @@ from .reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from .reward_models.opening import load_reward_model, open_reward_models
 from .reward_models.presets import Preset
 from .reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
-from .rewards.batch import ScoredBatch
+from .rewards.scored_batch import ScoredBatch
 from .rewards.turns import TurnRewards
 from .rewards.types import StepRewards
 from .steps.segmentation import Segmentation

@@ -45,8 +45,8 @@ from .rewards.arguments import (
     check_tool_mask,
     list_sources,
 )
-from .rewards.batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
+from .rewards.scored_batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
 from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
 from .rewards.step_warnings import StepWarnings
 from .rewards.types import plain

@@ -541,7 +541,7 @@ def test_a_process_with_fewer_batches_runs_as_many_forwards_as_the_others(preset
     forwards = []
     model.scorer.backbone.register_forward_pre_hook(lambda module, args: forwards.append(1))
     monkeypatch.setattr(
-        "trl_grpo_ext.reward_models.batching.gather", lambda accelerator, own: torch.cat([own, own + 2])
+        "trl_grpo_ext.reward_models.token_budget.gather", lambda accelerator, own: torch.cat([own, own + 2])
     )
     model.accelerator = SimpleNamespace(device="cpu")
     assert model.score_steps([PROBLEM] * 2, SOLUTIONS) == alone

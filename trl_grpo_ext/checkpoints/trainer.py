@@ -16,10 +16,10 @@ from .._swapped import swapped
 from ..distributed import total
 from ..kl.reference import keep_requires_grad
 from ..kl.trainer import KLTrainer
-from .batches import SavedBatch, batch_file, batch_settings, changed_settings, load_batch, save_batch
 from .folders import checkpoint_folder, find_checkpoint, rotate_checkpoints
 from .manifest import mark_complete, mark_incomplete
 from .reference import REFERENCE_NAME, load_reference, save_reference
+from .saved_batch import SavedBatch, batch_file, batch_settings, changed_settings, load_batch, save_batch
 from .weights import load_converted_weights
 
 

@@ -15,8 +15,8 @@ from ..advantages.combine import gamma_per_source
 from ..advantages.estimators import find_estimator
 from ..loss import completion_logps
 from ..model_card import ModelCardTrainer
-from ..rewards.batch import ScoredBatch
 from ..rewards.gating import NO_GATE
+from ..rewards.scored_batch import ScoredBatch
 from ..rewards.sources import RewardSource
 from ..rewards.types import Reward
 from .decomposition import Decomposition, decompose

@@ -26,6 +26,7 @@ from ..loss import (
 )
 from .cached_reference import CachedReference, causal_language_model, take_hidden_states
 from .estimates import kl_estimate, weight_by_ratio
+from .initial_kl import explain_difference, tolerance
 from .own_logits import OwnLogits
 from .reference import (
     OnSync,
@@ -37,7 +38,6 @@ from .reference import (
     move_adapter_reference,
     prepare_adapter_reference,
 )
-from .start import explain_difference, tolerance
 from .supported import check_head_cast, check_model, check_router_loss, check_vocabularies
 
 

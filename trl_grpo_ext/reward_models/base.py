@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .backbone import Scorer
-from .batching import collate, most_forwards, token_batches
 from .checkpoint import Checkpoint, locate_checkpoint, split_options
 from .loading import load_scorer
 from .preset import Preset
 from .presets import resolve_preset
 from .rendering import Rendered
+from .token_budget import collate, most_forwards, token_batches
 
 
 _BATCH_TOKENS = 16384

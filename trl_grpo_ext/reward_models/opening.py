@@ -10,11 +10,11 @@ from transformers import AutoModelForSequenceClassification
 
 from ..rewards.types import PreparableSource
 from .base import RewardModel
-from .batching import TokenBatchedModel
 from .checkpoint import ADAPTER_PREFIX, Checkpoint, locate_checkpoint, split_options, whole_on_every_process
 from .models import OutcomeRewardModel, ProcessRewardModel
 from .preset import Preset
 from .presets import find_preset, resolve_preset
+from .token_budget import TokenBatchedModel
 
 
 # Options that have nothing to do with the weights, which a reward model that shares another one's weights has too

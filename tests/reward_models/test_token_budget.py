@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from trl_grpo_ext.reward_models.batching import TokenBatchedModel, token_batches
 from trl_grpo_ext.reward_models.opening import prepare_reward_sources
+from trl_grpo_ext.reward_models.token_budget import TokenBatchedModel, token_batches
 
 
 @settings(deadline=None)

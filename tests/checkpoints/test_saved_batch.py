@@ -8,7 +8,7 @@ from trl import GRPOConfig
 from tests.checkpoints.runs import assert_same_run, make, seen
 from tests.support.resume_worker import RecordingPrompts
 from trl_grpo_ext import GRPOExtConfig
-from trl_grpo_ext.checkpoints.batches import SavedBatch, batch_settings, changed_settings, load_batch, save_batch
+from trl_grpo_ext.checkpoints.saved_batch import SavedBatch, batch_settings, changed_settings, load_batch, save_batch
 
 
 # Another value of every field that shapes a batch
