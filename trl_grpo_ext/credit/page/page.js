@@ -147,11 +147,11 @@ function largest(rows, value) {
     }
   return most;
 }
-// Shades are rules of a style sheet: thousands of styles of their own would take the browser longer
+// Shades are classes of a style sheet: thousands of styles of their own, or of attributes, would take the browser longer
 const SHADES = 32;
 for (const colour of ["plus", "minus", "amount"])
   for (let depth = 1; depth <= SHADES; depth++)
-    document.styleSheets[0].insertRule(`.t[data-shade="${colour}${depth}"] { background: rgba(var(--${colour}), calc(var(--strength) * ${depth / SHADES})) }`);
+    document.styleSheets[0].insertRule(`.${colour}${depth} { background: rgba(var(--${colour}), calc(var(--strength) * ${depth / SHADES})) }`);
 function shade(value, most, kind) {
   if (value === null || value === undefined || Number.isNaN(value) || !most) return "";
   const depth = Math.round(Math.min(1, Math.abs(value) / most) * SHADES);
@@ -329,7 +329,8 @@ function groupPage(place, group) {
   ].filter(Boolean);
 }
 function completionBox(row) {
-  const text = el("div", { class: "tokens", "aria-label": "Tokens of completion " + row.completion });
+  // It scrolls where the completion is long, so by keyboard too
+  const text = el("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": "Tokens of completion " + row.completion });
   row.elements = row.tokens.map((token, t) => {
     // Bytes of a character that ends later have no text of their own
     const shown = token === "" ? "·" : visible(token).replace(/\n/g, "⏎\n");
@@ -363,7 +364,11 @@ function paint(scale) {
   const [, kind, value] = choices(state.place.entry.settings)[state.colour];
   const most = largest(state.group.rows, value);
   for (const row of state.group.rows)
-    row.elements.forEach((element, t) => { element.dataset.shade = row.counts[t] ? shade(value(row, t), most, kind) : ""; });
+    row.elements.forEach((element, t) => {
+      if (element.shade) element.classList.remove(element.shade);
+      element.shade = row.counts[t] ? shade(value(row, t), most, kind) : "";
+      if (element.shade) element.classList.add(element.shade);
+    });
   scale.replaceChildren(legend(most, kind));
   if (state.query) underline();
 }
