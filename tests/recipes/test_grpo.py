@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import smollm2
+from tests.support.printed import unexpected_lines
 from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 
@@ -395,6 +396,7 @@ def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, rewar
     """
     run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert unexpected_lines(run.stderr) == []
 
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     first, second = [entry for entry in log if "loss" in entry]
