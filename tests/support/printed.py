@@ -11,5 +11,6 @@ OF_OTHERS = re.compile(r"Failed to load CPU gemm_4bit_forward from kernels-commu
 
 def unexpected_lines(stderr: str) -> list[str]:
     """The lines of the standard error that are no progress bar: a first run that warns looks broken."""
-    lines = re.split(r"[\r\n]+", stderr)
+    # One bar below another moves the cursor up
+    lines = re.split(r"[\r\n]+", stderr.replace("\x1b[A", ""))
     return [line for line in lines if not BAR.fullmatch(line) and not OF_OTHERS.match(line)]
