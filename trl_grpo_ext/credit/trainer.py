@@ -1,5 +1,6 @@
 """The part of the trainer that logs credit: when, of which completions, and what the loss sees of them."""
 
+import importlib.util
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers.utils import is_rich_available, logging
+from transformers.utils import logging
 
 from .._swapped import swapped
 from ..advantages.combine import gamma_per_source
@@ -294,7 +295,8 @@ class CreditTrainer(ModelCardTrainer):
         # With none to print, TRL logs all but its table
         with swapped(self, num_completions_to_print=0):
             super().log(logs, start_time)
-        if self.accelerator.is_main_process and is_rich_available():
+        # TRL, too, does without a table where rich is not installed
+        if self.accelerator.is_main_process and importlib.util.find_spec("rich") is not None:
             print_steps(self._logs, self._logged_steps, self.state.global_step, self.num_completions_to_print)
 
 
