@@ -127,7 +127,7 @@ def _message_text(message: Mapping[str, Any]) -> str:
     if not isinstance(content, str):
         content = " ".join(part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in content)
     calls = [str(call["function"]) for call in message.get("tool_calls") or []]
-    return " ".join([content, *calls]).strip()
+    return " ".join([content, *calls] if content else calls)
 
 
 def number_text(value: float | None, sign: str = "") -> str:
