@@ -23,6 +23,7 @@ from datasets import Dataset, load_dataset
 from transformers import set_seed
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.grpo import GRPOScriptArguments
+from upstream_warnings import ignore_upstream_warnings
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, open_reward_models
 
@@ -351,6 +352,7 @@ def make_trainer(
 
 
 def main(script_args: ScriptArguments, training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
+    ignore_upstream_warnings()
     trainer = make_trainer(script_args, training_args, model_args)
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)

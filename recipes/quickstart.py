@@ -23,6 +23,10 @@ Expect, on 2 CPU cores, 200 s and the accuracy on held-out problems to rise from
 with seeds 0, 1, 2: 52 % -> 97 %, 41 % -> 75 %, 51 % -> 89 %).
 
 Written to `output_dir`: `metrics.json`, `learning_curve.png`, and the policy in `warmed_up/` and `policy/`.
+
+To see which token earned what, train with `--log_credit 2`, then open the report:
+
+    python -m trl_grpo_ext.report outputs/quickstart --open
 """
 
 import time

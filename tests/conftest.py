@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 
 # Read when torch and transformers are imported: no downloads, and no fight for the cores between workers, nor within
@@ -9,6 +10,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Trackio reads it when TRL imports it; nothing is there but during a test of it
+os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"trackio_of_test_{os.getpid()}")
 
 import pytest
 

@@ -71,6 +71,13 @@ def test_two_processes_log_the_credit_that_one_logs(two, one):
     assert_same_values(found, expected)
 
 
+@under("ddp")
+def test_two_processes_print_the_steps_that_one_prints(two, one):
+    expected = one["position"]["steps"]
+    assert len(expected) == 12 and max(map(len, expected)) > 2
+    assert_same_values([seen["position"]["steps"] for seen in two[1]], [expected, expected])
+
+
 def assert_same_values(found, expected):
     """The same texts and numbers of tokens, and floats up to rounding, however deep."""
     assert type(found) is type(expected)

@@ -166,7 +166,7 @@ COMMANDS = {
     r"python recipes/bench/(exact_kl|plot|step|credit_report).py.*": "tests/recipes/test_bench.py",
     r"python recipes/bench/(seven_billion|memory).py.*": "tests/recipes/test_large_models.py",
     r"python recipes/bench/(plot_)?credit_bias.py": "tests/recipes/test_credit_bias.py",
-    r"python tests/support/smollm2.py \S+": "tests/recipes/test_grpo.py",
+    r"python -m tests.support.smollm2 \S+": "tests/recipes/test_grpo.py",
     r"python -m trl_grpo_ext.report .*": "tests/credit/test_report.py",
     r"python -m trl_grpo_ext.serve MODEL": "tests/reward_models/test_remote.py",
     r"(trl-grpo-ext|python -m trl_grpo_ext) .*--config run.yaml.*": "tests/test_cli.py",

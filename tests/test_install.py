@@ -29,6 +29,8 @@ SERVER = PACKAGE / "reward_models" / "remote" / "server.py"
 
 # ... and [report]
 REPORT = PACKAGE / "credit" / "page_of_run.py"
+# Prints a table where rich is installed, as TRL does
+TABLE = PACKAGE / "credit" / "step_table.py"
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -49,8 +51,9 @@ def imported(paths: list[Path]) -> set[str]:
 
 
 def test_dependencies_are_what_the_package_imports():
-    modules = set(PACKAGE.rglob("*.py")) - {SERVER, REPORT}
+    modules = set(PACKAGE.rglob("*.py")) - {SERVER, REPORT, TABLE}
     assert imported(sorted(modules)) == names(PROJECT["dependencies"])
+    assert imported([TABLE]) - names(PROJECT["dependencies"]) == {"rich"}
     for extra, module in {"serve": SERVER, "report": REPORT}.items():
         assert imported([module]) - names(PROJECT["dependencies"]) == names(PROJECT["optional-dependencies"][extra])
 
@@ -78,7 +81,8 @@ def test_commands_of_the_documents_install_what_they_need():
 
 WITHOUT_EXTRAS = """
 import sys
-sys.modules |= dict.fromkeys(["matplotlib", "starlette", "uvicorn"])
+# TRL imports trackers where they are installed, and they import what is left out here
+sys.modules |= dict.fromkeys(["matplotlib", "rich", "starlette", "trackio", "uvicorn", "wandb"])
 import trl_grpo_ext
 import trl_grpo_ext.cli
 trl_grpo_ext.RemoteProcessRewardModel("http://127.0.0.1:1")

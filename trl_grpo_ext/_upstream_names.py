@@ -92,7 +92,7 @@ _ATTRIBUTES = {
     f"{_TRAINER}._calculate_rewards": {"reward_funcs", "reward_func_names"},
     f"{_TRAINER}._prepare_inputs": {"_generate_and_score_completions", "_buffered_inputs", "_step"},
     f"{_TRAINER}._save_checkpoint": {"state"},
-    f"{_TRAINER}.log": {"_metrics"},
+    f"{_TRAINER}.log": {"_logs", "_metrics", "log_completions", "num_completions_to_print"},
     f"{_TRAINER}.training_step": {"_step"},
     f"{_CALLBACK}.on_step_end": {"sync_target_model", "ref_model_sync_steps", "ref_model_mixup_alpha"},
     # Its settings are others while ours saves
@@ -121,8 +121,8 @@ _CONSTANTS: dict[str, set[Any]] = {
 # Fields of TRL's dataclasses
 _FIELDS = {
     "trl.trainer.grpo_config:GRPOConfig": {
-        *("beta", "bf16", "cast_lm_head_to_fp32", "fp16", "generation_kwargs", "gradient_checkpointing"),
-        "neftune_noise_alpha",
+        *("beta", "bf16", "cast_lm_head_to_fp32", "disable_tqdm", "fp16", "generation_kwargs"),
+        *("gradient_checkpointing", "neftune_noise_alpha", "report_to"),
         *("gradient_accumulation_steps", "gradient_checkpointing_kwargs", "hub_model_id"),
         *("importance_sampling_level", "logging_first_step", "logging_strategy", "loss_type"),
         *("mask_truncated_completions", "max_completion_length", "min_p", "model_init_kwargs"),

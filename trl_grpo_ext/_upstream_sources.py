@@ -56,6 +56,7 @@ FINGERPRINTS = {
     "trl.trainer.callbacks:SyncRefModelCallback.sync_target_model": "39a3189acc60",
     "trl.trainer.callbacks:SyncRefModelCallback.on_step_end": "a0c2e6c25238",
     "trl.trainer.utils:add_fused_lm_head": "1a9b29af74fd",
+    "trl.trainer.utils:print_prompt_completions_sample": "456182b89c45",
     "trl.trainer.utils:RepeatSampler.__iter__": "5537f241d9ad",
     "trl.trainer.utils:nanstd": "8ecab663060f",
     "trl.trainer.utils:split_tensor_dict": "9cf9b07a7d16",
@@ -126,7 +127,10 @@ MIRRORED = {
         "the loss mask, the ratio, the KL, the reductions, and that old log-probs are read after the forward pass",
         ("loss.py", "kl/trainer.py", "kl/estimates.py"),
     ),
-    f"{_TRAINER}.log": Mirrored("metrics are averaged between logs", ("trainer.py", "kl/trainer.py", "metrics.py")),
+    f"{_TRAINER}.log": Mirrored(
+        "metrics are averaged between logs, and the table of completions is printed apart from all else",
+        ("trainer.py", "kl/trainer.py", "metrics.py", "credit/trainer.py"),
+    ),
     f"{_TRAINER}._save_checkpoint": Mirrored("what is written, and when", ("checkpoints/trainer.py",)),
     f"{_CALLBACK}._sync_target_model": Mirrored(
         "how the reference moves towards the policy", ("kl/reference.py", "distributed.py")
@@ -139,6 +143,10 @@ MIRRORED = {
     ),
     "trl.trainer.utils:add_fused_lm_head": Mirrored(
         "the fused forward of the policy, and how a config scales its logits", ("_trl.py", "kl/model_forward.py")
+    ),
+    "trl.trainer.utils:print_prompt_completions_sample": Mirrored(
+        "with no sample to print it prints nothing; what of a completion is printed, and how samples are drawn",
+        ("credit/trainer.py", "credit/step_table.py"),
     ),
     "trl.trainer.utils:RepeatSampler.__iter__": Mirrored(
         "an epoch's order is drawn when the epoch starts", ("checkpoints/trainer.py",)

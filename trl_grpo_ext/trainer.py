@@ -38,6 +38,7 @@ from .metrics import (
     withheld_shares,
 )
 from .reward_models.opening import open_reward_models, prepare_reward_sources
+from .reward_models.progress import progress_bars
 from .rewards.arguments import (
     check_columns,
     check_row,
@@ -261,8 +262,9 @@ class GRPOExtTrainer(CreditTrainer):
         self._prepare_sources()
         sources = self._wrap_sources()
         is_outcome = self.args.supervision == "outcome"
+        shows_bars = self.accelerator.is_main_process and not self.args.disable_tqdm
         # `reward_funcs` holds the user's own functions at any other time
-        with swapped(self, reward_funcs=sources):
+        with swapped(self, reward_funcs=sources), progress_bars(shown=shows_bars):
             scores_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         returned_NK = scores_NK.clone()
         for k, source in enumerate(sources):
@@ -452,6 +454,7 @@ class GRPOExtTrainer(CreditTrainer):
             self._use_rewards(output, batch, mask_BT)
             if self._credit_is_due:
                 self._record_scored(output, batch)
+            self._log_steps(output["advantages"], mask_BT, batch, self._scored.completion_ids, self._scored.sources)
             self._scored = None
         self._log_advantages(output["advantages"], mask_BT)
         return output

@@ -118,6 +118,8 @@ def fit(model: PreTrainedModel, collator: Any, examples: list[dict], folder: Pat
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
+        # All parameters are used; with several processes, DDP would search for unused ones and warn
+        ddp_find_unused_parameters=False,
         bf16=False,
         use_cpu=not torch.accelerator.is_available(),
         **settings,

@@ -1,6 +1,5 @@
 """What a run on running sums needs besides task and policy: arguments, TRL's settings, the start of a process."""
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from transformers import set_seed
+from upstream_warnings import ignore_upstream_warnings
 
 from running_sums.policy import WARM_UP_BATCH
 from running_sums.task import MAX_COMPLETION_LENGTH, Problems, split_problems
@@ -25,6 +25,7 @@ class SumsArguments:
     num_held_out: int = field(default=512, metadata={"help": "Problems to evaluate on, before and after."})
     warmup_steps: int = field(default=500, metadata={"help": "Most updates of the supervised warm-up."})
     warmup_accuracy: float = field(default=0.45, metadata={"help": "Accuracy at which the warm-up stops."})
+    log_credit: int = field(default=0, metadata={"help": "Groups recorded at each update, for the report."})
 
 
 def problems_for(args: SumsArguments) -> Problems:
@@ -39,7 +40,7 @@ def problems_for(args: SumsArguments) -> Problems:
 
 
 def training_settings(args: SumsArguments) -> dict[str, Any]:
-    """Settings of TRL's own `GRPOConfig`: lengths, batch sizes, learning rate, logging."""
+    """Lengths, batch sizes, learning rate, logging: settings of TRL's own `GRPOConfig`, but for `log_credit`."""
     return {
         # The rate at which this small policy learns well is too high to stay stable, so it decays to 0
         "learning_rate": 3e-4,
@@ -51,6 +52,7 @@ def training_settings(args: SumsArguments) -> dict[str, Any]:
         "output_dir": args.output_dir,
         "seed": args.seed,
         "logging_steps": 1,
+        "log_credit": args.log_credit,
         "save_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": False,
@@ -64,8 +66,7 @@ def training_settings(args: SumsArguments) -> dict[str, Any]:
 
 def start_process(seed: int) -> PartialState:
     """Seed this process, connect it with the others that were launched, and silence output about other models."""
-    # TRL 1.16 reads this attribute of every model, under the name that transformers is about to retire
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    ignore_upstream_warnings()
     # These bars count the files of a model, and this one has a single file
     transformers.logging.disable_progress_bar()
     set_seed(seed)

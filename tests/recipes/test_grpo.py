@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import smollm2
+from tests.support.printed import unexpected_lines
 from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 
@@ -388,13 +389,15 @@ def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, rewar
     model = save_tiny_model(tmp_path / "model", pad_token_id=end, bos_token_id=end, eos_token_id=end, **sizes)
     byte_tokenizer.save_pretrained(model)
     command = f"""
-        -m accelerate.commands.accelerate_cli launch {RECIPES / "grpo.py"} --config {SMOLLM2_CONFIG}
+        -m accelerate.commands.accelerate_cli launch --num_processes 1 --num_machines 1 --mixed_precision no
+        --dynamo_backend no {RECIPES / "grpo.py"} --config {SMOLLM2_CONFIG}
         --model_name_or_path {model} --output_dir {tmp_path / "out"} --max_steps 2
         --reward_funcs {reward_file}:lower reasoning_gym_task.task_score --gamma 0.9 1.0
         --max_completion_length 8 --eval_steps 2 --eval_size 16 --learning_rate 0.01
     """
     run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert unexpected_lines(run.stderr) == []
 
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     first, second = [entry for entry in log if "loss" in entry]

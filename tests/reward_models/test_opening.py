@@ -1,5 +1,7 @@
 """Reward models in `reward_funcs`: opened by their bare ids, prepared, mixed with functions, placed on tokens."""
 
+import re
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
@@ -7,9 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from tests.support.tiny_models import save_tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer, scored_batch
 from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel, step_reward
-from trl_grpo_ext.reward_models import checkpoint, presets
+from trl_grpo_ext.reward_models import checkpoint, presets, progress
 from trl_grpo_ext.reward_models import opening as opening_module
 from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_model
+from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel
 from trl_grpo_ext.steps.segmentation import Segmentation
 
 
@@ -74,6 +77,57 @@ def test_a_known_process_model_is_opened_by_its_id_and_mixed_with_a_function(
     assert entry[f"rewards/{name}/unjudged"] == 0
     assert entry[f"rewards/{name}/steps"] > 1
     assert trainer.batches[0]["advantages"].ndim == 2
+
+
+def screen(printed):
+    """What is left in a terminal: tqdm goes to the beginning of the line, a line down, or a line up."""
+    lines = [""]
+    row = 0
+    column = 0
+    for part in re.split(r"(\r|\n|\x1b\[A)", printed):
+        if part == "\r":
+            column = 0
+        elif part == "\x1b[A":
+            row -= 1
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("disabled", [False, True], ids=["shown", "disable_tqdm"])
+def test_scoring_that_takes_long_has_a_bar_for_each_model_that_leaves_nothing(
+    tiny_model, prm_folder, tmp_path, monkeypatch, capsys, disabled
+):
+    """Of a local process model, a sequence classifier and a server, of which the last scores in another thread."""
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+
+    async def answer(self, client, address, payload):
+        return {"rewards": [float(len(query)) for query in payload["query"]]}
+
+    monkeypatch.setattr(RemoteOutcomeRewardModel, "_post", answer)
+    classifier = LlamaForSequenceClassification.from_pretrained(
+        save_tiny_model(tmp_path / "classifier", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
+    )
+    make_trainer(
+        GRPOExtTrainer,
+        tiny_model,
+        [prm_folder, classifier, RemoteOutcomeRewardModel("http://127.0.0.1:1", name="server")],
+        tmp_path,
+        trainer_options={"rollout_func": completions_in_lines()},
+        per_device_train_batch_size=8,
+        max_steps=1,
+        reward_batch_tokens=64,
+        disable_tqdm=disabled,
+    ).train()
+    printed = capsys.readouterr().err
+    for bar in (prm_folder, "reward model", "server"):
+        assert (f"{bar}: " in printed) != disabled
+        assert f"{bar}: " not in screen(printed)
+    assert ("/8 [" in printed) != disabled
 
 
 def test_an_outcome_model_is_a_source(tiny_model, tmp_path):

@@ -51,7 +51,9 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 
 # Ways to make a loss of rewards, which sharding does not see
 LOSSES = {
-    "position": Case({"advantage_estimator": "position", "loss_type": "dapo", "log_credit": 2}),
+    "position": Case(
+        {"advantage_estimator": "position", "loss_type": "dapo", "log_credit": 2, "log_completions": True}
+    ),
     "pooled": Case({"advantage_estimator": "pooled", "loss_type": "grpo", "kl_reduction": "token_mean"}),
     "step": Case({"advantage_estimator": "step", "loss_type": "dr_grpo", "gamma_unit": "step"}),
     "min": Case(
@@ -203,6 +205,7 @@ def train(models: Path, output: Path, name: str) -> dict[str, Any]:
         "mask": [batch["completion_mask"] for batch in trainer.batches],
         "table": list(trainer._logs["advantages"]),
         "credit": [step.rows() for step in read_credit(output / name).steps] if trainer.args.log_credit else None,
+        "steps": [[line._asdict() for line in lines] for lines, _ in trainer._logged_steps],
         "log": trainer.state.log_history[:STEPS],
         "gradients": recorder.gradients,
         "before": before,

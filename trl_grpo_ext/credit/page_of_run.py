@@ -1,5 +1,6 @@
 """From a run's folder to the report's HTML: curves, findings, groups, and the template that holds them."""
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,31 @@ from .read import read_credit
 
 
 PAGE = Path(__file__).parent / "page"
+PAGE_NAME = "credit.html"
+
+
+def write_page(run_folder: Path, output: Path) -> dict[str, str]:
+    """
+    Write the report of a run to a file, which is there whole or not at all.
+
+    Args:
+        run_folder (`Path`):
+            The run's `output_dir`.
+        output (`Path`):
+            The file, usually `PAGE_NAME` in that folder.
+
+    Returns:
+        The reason for each file of the log that was passed over.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: as [`page_of_run`].
+        OSError: the file cannot be written.
+    """
+    page, passed_over = page_of_run(run_folder)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, output)
+    return passed_over
 
 
 def page_of_run(run_folder: Path) -> tuple[str, dict[str, str]]:

@@ -1,26 +1,31 @@
 """The part of the trainer that logs credit: when, of which completions, and what the loss sees of them."""
 
+import importlib.util
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .._swapped import swapped
 from ..advantages.combine import gamma_per_source
 from ..advantages.estimators import find_estimator
+from ..distributed import local_rows
 from ..loss import completion_logps
 from ..model_card import ModelCardTrainer
 from ..rewards.gating import NO_GATE
 from ..rewards.scored_batch import ScoredBatch
 from ..rewards.sources import RewardSource
-from ..rewards.types import Reward
+from ..rewards.types import Reward, StepRewards
 from .decomposition import Decomposition, decompose
-from .log import Recording, completion_row, completion_rows, credit_file, write_rows
+from .log import Recording, completion_row, completion_rows, credit_file, token_texts, write_rows
+from .step_table import CompletionSteps, print_steps, step_lines
+from .trackers import log_report
 
 
 logger = logging.get_logger(__name__)
@@ -31,10 +36,12 @@ _ROWS = "credit_rows"
 
 class CreditTrainer(ModelCardTrainer):
     """
-    [`~trl.GRPOTrainer`] that records a few groups of each logged step, if `log_credit` is not 0.
+    [`~trl.GRPOTrainer`] that records a few groups of each logged step, if `log_credit` is not 0, and with
+    `log_completions` prints the steps of completions.
 
     Recorded are the first groups of the step's generated batch, and of the first batch of each evaluation. All
-    processes come together once, after the first pass over the batch.
+    processes come together once, after the first pass over the batch. Steps are printed in place of TRL's table of
+    completions, under process supervision, if a source rewards steps.
 
     Args:
         **kwargs:
@@ -49,8 +56,8 @@ class CreditTrainer(ModelCardTrainer):
         # Of the main process, beside its recording: the batch of all processes and its decomposition
         self._recorded_batches: dict[str, tuple[ScoredBatch, Decomposition]] = {}
         self._loss_inputs: Mapping[str, Any] = {}
-        if self.args.log_credit:
-            self.add_callback(_WriteAtEnd(self))
+        # Of the same completions as TRL's `_logs`
+        self._logged_steps: deque[CompletionSteps] = deque(maxlen=self._logs["advantages"].maxlen)
 
     # -----------------------------------------------------------------------------------------------------------------
     # When
@@ -202,6 +209,15 @@ class CreditTrainer(ModelCardTrainer):
         except OSError as error:
             logger.warning(f"The credit of step {recording.step} is not logged: {error}")
 
+    def _finalize_training(self, trial, *args: Any, **kwargs: Any) -> Any:
+        # Not in a callback: those of trackers end their runs in `on_train_end`, before any that is added later
+        if "train" in self._recordings:
+            # Of a batch whose updates the end of training cuts short
+            self._write_credit("train")
+        if self.args.log_credit and self.accelerator.is_main_process:
+            log_report(Path(cast(str, self.args.output_dir)), self.state, cast(list[str], self.args.report_to))
+        return super()._finalize_training(trial, *args, **kwargs)
+
     def _source_settings(self) -> list[dict[str, Any]]:
         names = self.reward_func_names
         is_process = self.args.supervision == "process"
@@ -232,6 +248,63 @@ class CreditTrainer(ModelCardTrainer):
             "beta": self.beta,
         }
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # In the terminal
+
+    def _log_steps(
+        self,
+        advantages: torch.Tensor,
+        mask_BT: torch.Tensor,
+        batch: ScoredBatch,
+        completion_ids: list[list[int]],
+        sources: Sequence[Any],
+    ) -> None:
+        """
+        Keep what the table of steps prints of a batch, as TRL keeps its completions.
+
+        Args:
+            advantages (`torch.Tensor` of shape `(B, T)`):
+                Of this process's completions.
+            mask_BT (`torch.Tensor` of shape `(B, T)`):
+                Their loss mask.
+            batch ([`~trl_grpo_ext.ScoredBatch`]):
+                The completions of all processes.
+            completion_ids (`list[list[int]]` of length B):
+                This process's completions, without padding.
+            sources (`Sequence` of length K):
+                [`RewardSource`] of each function, which remembers its steps.
+        """
+        if not self.log_completions or self.args.supervision == "outcome":
+            return
+        rewards_BKT = local_rows(self.accelerator, batch.counted_KNT.transpose(0, 1)).tolist()
+        judged = [source.rewards for source in sources if isinstance(source, RewardSource)]
+        completions = []
+        for row, ids in enumerate(completion_ids):
+            ends = step_ends([rewards[row] for rewards in judged], len(ids))
+            texts = token_texts(self._tokenizer, ids)
+            mask = mask_BT[row, : len(ids)].tolist()
+            lines = step_lines(texts, ends, mask, advantages[row, : len(ids)].tolist(), rewards_BKT[row])
+            completions.append(CompletionSteps(lines, bool(ends)))
+        self._logged_steps.extend(gather_object(completions))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with a table of steps in place of its table of completions where there are steps."""
+        if not any(completion.has_steps for completion in self._logged_steps):
+            super().log(logs, start_time)
+            return
+        # With none to print, TRL logs all but its table
+        with swapped(self, num_completions_to_print=0):
+            super().log(logs, start_time)
+        # TRL, too, does without a table where rich is not installed
+        if self.accelerator.is_main_process and importlib.util.find_spec("rich") is not None:
+            print_steps(self._logs, self._logged_steps, self.state.global_step, self.num_completions_to_print)
+
+
+def step_ends(rewards_K: Sequence[Reward], length: int) -> set[int]:
+    """The last tokens of the steps that sources have found in a completion; one that rewards each token finds none."""
+    found = [reward.ends for reward in rewards_K if isinstance(reward, StepRewards) and len(reward.ends) < length]
+    return {end for ends in found for end in ends}
+
 
 def judgements_of(source: Any, returned_B: torch.Tensor, scores_B: torch.Tensor) -> list[tuple[Reward, Reward]]:
     """
@@ -250,14 +323,3 @@ def judgements_of(source: Any, returned_B: torch.Tensor, scores_B: torch.Tensor)
     assert isinstance(source, nn.Module)
     pairs = zip(returned_B.tolist(), scores_B.tolist(), strict=True)
     return [(None, None) if math.isnan(returned) else (returned, score) for returned, score in pairs]
-
-
-class _WriteAtEnd(TrainerCallback):
-    """Writes what is recorded of a batch whose updates the end of training cuts short."""
-
-    def __init__(self, trainer: CreditTrainer):
-        self.trainer = trainer
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if "train" in self.trainer._recordings:
-            self.trainer._write_credit("train")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .backbone import Scorer
@@ -15,12 +14,12 @@ from .checkpoint import Checkpoint, locate_checkpoint, split_options
 from .loading import load_scorer
 from .preset import Preset
 from .presets import resolve_preset
+from .progress import scoring_bar
 from .rendering import Rendered
 from .token_budget import collate, most_forwards, token_batches
 
 
 _BATCH_TOKENS = 16384
-_PROGRESS_AFTER_SECONDS = 10
 
 # What a process without batches runs, for the others not to wait for it for ever
 _EMPTY = Rendered(ids=[0], prompt_length=0, score_positions=[])
@@ -251,7 +250,8 @@ class RewardModel:
             # Each once, though several scorers may have it
             for backbone in dict.fromkeys(backbone for scorer in scorers for backbone in scorer.backbones):
                 stack.enter_context(backbone.on_device())
-            for number in tqdm(range(forwards), desc=self.name, delay=_PROGRESS_AFTER_SECONDS, leave=False):
+            bar = stack.enter_context(scoring_bar(forwards, self.name, "batches"))
+            for number in range(forwards):
                 rows = batches[number] if number < len(batches) else []
                 batch = collate(
                     [solutions[row] for row in rows] or [_EMPTY],
@@ -263,4 +263,5 @@ class RewardModel:
                     values = iter(scorer.score(output, batch).tolist())
                     for row in rows:
                         own[row] = [next(values) for _ in solutions[row].score_positions]
+                bar.update()
         return scores

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..distributed import gather
+from .progress import scoring_bar
 from .rendering import Rendered, RenderedBatch
 
 
@@ -104,12 +105,14 @@ class TokenBatchedModel(nn.Module):
         batches = token_batches(lengths, self.max_tokens)
         forwards = most_forwards(self.accelerator, len(batches), attention_mask.device)
         scored: list[tuple[list[int], torch.Tensor]] = []
-        for number in range(forwards):
-            # Past its own last batch, a process runs that one again
-            rows = batches[min(number, len(batches) - 1)]
-            width = max(lengths[rows[0]], 1)
-            cut = {name: values[rows, :width] for name, values in inputs.items()}
-            scored.append((rows, self.model(attention_mask=attention_mask[rows, :width], **cut).logits))
+        with scoring_bar(forwards, "reward model", "batches") as bar:
+            for number in range(forwards):
+                # Past its own last batch, a process runs that one again
+                rows = batches[min(number, len(batches) - 1)]
+                width = max(lengths[rows[0]], 1)
+                cut = {name: values[rows, :width] for name, values in inputs.items()}
+                scored.append((rows, self.model(attention_mask=attention_mask[rows, :width], **cut).logits))
+                bar.update()
         logits = scored[0][1].new_empty(len(lengths), *scored[0][1].shape[1:])
         for rows, values in scored:
             logits[rows] = values

@@ -12,6 +12,7 @@ import httpx
 from ...rewards.types import StepRewards
 from ...steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
 from ...steps.segmentation import Segmentation, SegmentationLike, as_segmentation
+from ..progress import scoring_bar
 from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
@@ -150,10 +151,13 @@ class RemoteRewardModel:
         gate = asyncio.Semaphore(self.concurrency)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
 
+        bar = scoring_bar(sum(request.completions for request in requests), self.__name__, "completions")
+
         async def answer(client: httpx.AsyncClient, request: Request) -> list[Any]:
             try:
                 async with gate:
                     received = await self._post(client, address, request.payload)
+                bar.update(request.completions)
                 return counted(request.parse(received), request.completions, "the answer")
             except RewardServerError as error:
                 message = f"reward server {address}, {request.completions} completion(s): {error}"
@@ -171,6 +175,7 @@ class RemoteRewardModel:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                bar.close()
 
     async def _ask_some(self, path: str, requests: Sequence[Request | None], unasked: Sequence[Any]) -> list[Any]:
         """[`_ask`] with one completion per request; where a request is `None`, the score is that of `unasked`."""
