@@ -5,9 +5,9 @@ A training whose reward server is killed again and again, against one whose serv
 
 The server is this package's own, in another process, with a process reward model of random weights. It is killed
 with SIGKILL at random moments of the training, `--kills` times at regular steps, and stays away for longer and longer,
-in the end for `--away` seconds. The client has its default settings. At the end the weights must be, bit for bit, those
-of the run whose server stayed: no reward is lost, made up or given to another completion. Exits with 1 where they
-differ.
+in the end for `--away` seconds. The client has its default settings. At the end the weights must be, bit for bit,
+those of the run whose server stayed: no reward is lost, made up or given to another completion. Exits with 1 where
+they differ.
 """
 
 import argparse

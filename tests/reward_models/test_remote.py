@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import socket
 import subprocess
 import sys
@@ -30,8 +31,9 @@ from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.reward_models.models import ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
+from trl_grpo_ext.reward_models.remote import transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
-from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, vllm_steps
+from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, plain_query, vllm_steps
 from trl_grpo_ext.reward_models.remote.server import _receive_body, create_app, main
 from trl_grpo_ext.reward_models.rendering import Tagged
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
@@ -112,7 +114,7 @@ def strange():
 
 
 def process(url, **options):
-    return RemoteProcessRewardModel(url, **{"backoff": 0.01, "timeout": 30.0, **options})
+    return RemoteProcessRewardModel(url, **{"backoff": 0.01, "timeout": 30.0, "patience": 20.0, **options})
 
 
 def scored(source, problems=PROBLEMS, steps=STEPS):
@@ -201,7 +203,7 @@ def test_the_segmentation_decides_about_the_steps(real):
 
 
 def test_without_the_policys_tokenizer_the_error_says_who_sets_it():
-    with pytest.raises(ValueError, match=r"8000'\) has no `policy_tokenizer`.*GRPOExtTrainer sets it"):
+    with pytest.raises(ValueError, match=r"8000', .*\) has no `policy_tokenizer`.*GRPOExtTrainer sets it"):
         asyncio.run(process("http://127.0.0.1:8000")(prompts=["p"], completions=["c"], completion_ids=[[1]]))
 
 
@@ -248,7 +250,7 @@ def test_other_methods_and_paths_are_refused_and_good_requests_served(real):
 
 
 def test_a_model_that_breaks_is_a_5xx_and_the_server_goes_on(real):
-    reason = r"/process/get_reward, 1 completion\(s\): status 500: .*RuntimeError: the model broke.*2 attempts"
+    reason = r"/process/get_reward, 1 completion\(s\): status 500: .*RuntimeError: the model broke.*\(2 attempt\(s\)\)"
     with pytest.raises(RewardServerError, match=reason):
         scored(process(f"{real.url}/process", retries=1), ["p"], [["break"]])
     assert scored(process(f"{real.url}/process")) == Scorer().score_steps(PROBLEMS, STEPS)
@@ -420,8 +422,8 @@ def test_answers_out_of_order_reach_their_completions_and_few_are_asked_at_once(
     assert 2 <= strange.hits("most at once") <= 5
 
 
-@pytest.mark.parametrize("status", [400, 404, 408, 413, 422, 429])
-def test_4xx_is_never_sent_again(strange, status):
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 501])
+def test_what_says_that_the_request_is_wrong_is_final(strange, status):
     source = process(f"{strange.url}/status/{status}", retries=3)
     with pytest.raises(RewardServerError, match=f"status {status}: because of {status}"):
         scored(source)
@@ -431,35 +433,120 @@ def test_4xx_is_never_sent_again(strange, status):
     assert strange.hits(f"/status/{status}/get_reward") == 2
 
 
-@pytest.mark.parametrize("status", [500, 502, 503])
-def test_5xx_is_sent_again_as_often_as_asked(strange, status):
-    source = process(f"{strange.url}/status/{status}", retries=2)
-    with pytest.raises(RewardServerError, match=rf"status {status}: because of {status} \(3 attempts\)"):
+def test_a_server_that_breaks_is_asked_again_as_often_as_wanted(strange):
+    source = process(f"{strange.url}/status/500", retries=2)
+    with pytest.raises(RewardServerError, match=r"status 500: because of 500 \(3 attempt\(s\)\)"):
         scored(source)
-    assert strange.hits(f"/status/{status}/get_reward") == 3
+    assert strange.hits("/status/500/get_reward") == 3
     source.on_failure, source.retries = "none", 0
     assert scored(source) == [None] * len(PROBLEMS)
-    assert strange.hits(f"/status/{status}/get_reward") == 4
+    assert strange.hits("/status/500/get_reward") == 4
 
 
-def test_the_pause_doubles_until_the_server_recovers(strange):
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 520])
+def test_a_server_that_is_busy_or_away_is_asked_again_while_patience_lasts(strange, status):
+    source = process(f"{strange.url}/status/{status}", retries=0, patience=0.3)
     started = time.monotonic()
-    source = process(f"{strange.url}/flaky/3", retries=3, backoff=0.1)
+    with pytest.raises(RewardServerError, match=rf"status {status}: .*attempt\(s\); no answer for .*patience=0.3 s\)"):
+        scored(source)
+    assert 0.3 <= time.monotonic() - started < 10
+    assert strange.hits(f"/status/{status}/get_reward") > 3
+
+
+def without_waiting(monkeypatch):
+    """The pauses of the client, which are over at once, and a function that tells its time."""
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    def monotonic():
+        return 1000.0 + sum(pauses)
+
+    # Not the modules themselves, whose functions others use
+    monkeypatch.setattr(transport, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=monotonic, time=time.time))
+    return pauses, monotonic
+
+
+def test_the_pause_grows_and_differs_from_client_to_client(strange, monkeypatch):
+    pauses, _ = without_waiting(monkeypatch)
+    source = process(f"{strange.url}/flaky/40", backoff=1.0, patience=1200.0)
     assert scored(source) == Scorer().score_steps(PROBLEMS, STEPS)
-    assert strange.hits("/flaky/3/get_reward") == 4
-    assert time.monotonic() - started >= 0.1 + 0.2 + 0.4
+    assert strange.hits("/flaky/40/get_reward") == 41
+    longest = [min(30, 2**k) for k in range(40)]
+    assert len(pauses) == 40
+    assert all(top / 2 <= pause <= top for pause, top in zip(pauses, longest, strict=True))
+    assert len({pause / top for pause, top in zip(pauses, longest, strict=True)}) == 40
+    # By default an absence of 10 minutes is outlived, and the server is asked again within half a minute
+    waited = sum(pauses)
+    assert waited > 600 and RemoteProcessRewardModel("http://127.0.0.1:1").patience > 600
+
+
+def test_the_jitter_leaves_the_generators_of_the_training_alone(strange):
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    scored(process(f"{strange.url}/flaky/3"))
+    assert random.random() == expected
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_the_server_says_how_long_to_wait(strange, kind):
+    started = time.monotonic()
+    assert scored(process(f"{strange.url}/later/{kind}")) == Scorer().score_steps(PROBLEMS, STEPS)
+    # A date has whole seconds
+    assert time.monotonic() - started >= 1
+    assert strange.hits(f"/later/{kind}/get_reward") == 2
+
+
+def test_a_wait_that_is_longer_than_patience_is_not_begun(strange):
+    started = time.monotonic()
+    with pytest.raises(RewardServerError, match=r"status 429: .*patience=20.0 s, Retry-After 86400 s"):
+        scored(process(f"{strange.url}/later/tomorrow"))
+    assert time.monotonic() - started < 10 and strange.hits("/later/tomorrow/get_reward") == 1
+
+
+def test_a_wait_is_logged_once_then_at_intervals_and_so_is_its_end(strange, caplog, monkeypatch):
+    _, now = without_waiting(monkeypatch)
+    source = process(f"{strange.url}/flaky/30", backoff=1.0, patience=1200.0)
+    with caplog.at_level(logging.WARNING):
+        scored(source)
+    waiting = [record.getMessage() for record in caplog.records if "Waiting for it" in record.getMessage()]
+    total = now() - 1000
+    assert total / 100 < len(waiting) <= total / 60 + 1
+    assert all("status 503" in message and "/flaky/30/get_reward" in message for message in waiting)
+    assert f"answers again after {total:.0f} s" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.parametrize("how", ["slow", "trickle"])
-def test_a_slow_server_is_given_up_in_time_and_not_asked_again(strange, how):
+def test_a_slow_answer_is_cut_off_by_time(strange, how):
     started = time.monotonic()
-    source = process(f"{strange.url}/{how}", timeout=0.5)
-    with pytest.raises(RewardServerError, match=r"no answer within 0\.5 s"):
+    source = process(f"{strange.url}/{how}", timeout=0.2, patience=0.5)
+    with pytest.raises(RewardServerError, match=r"no answer within 0\.2 s"):
         scored(source)
     source.on_failure = "none"
     assert scored(source) == [None] * len(PROBLEMS)
-    assert strange.hits(f"/{how}/get_reward") == 2
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("how", ["huge", "huge_status"])
+def test_of_a_huge_answer_no_more_is_held_than_allowed(strange, how):
+    source = process(f"{strange.url}/{how}", max_answer_bytes=2**20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RewardServerError, match="more than max_answer_bytes=1048576 bytes"):
+            scored(source)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    source.on_failure = "none"
+    assert scored(source) == [None] * len(PROBLEMS)
+
+
+def test_an_answer_that_grows_when_it_is_unpacked_is_not_unpacked(strange):
+    with pytest.raises(RewardServerError, match=r"compressed \(gzip\)"):
+        scored(process(f"{strange.url}/gzip"))
 
 
 @pytest.mark.parametrize("how", [*SPOILED, "prose", "redirect"])
@@ -475,11 +562,10 @@ def test_an_answer_with_anything_but_one_score_per_step_is_not_used(strange, how
 
 def test_the_first_failure_ends_the_wait_for_the_others(strange):
     started = time.monotonic()
-    source = process(f"{strange.url}/flaky/1", retries=0, batch_size=1, concurrency=2)
-    source.timeout = 50.0
-    with pytest.raises(RewardServerError, match="status 503"):
+    source = process(f"{strange.url}/break_once", retries=0, batch_size=1, concurrency=2)
+    with pytest.raises(RewardServerError, match="status 500"):
         scored(source, ["p"] * 200, [["a"]] * 200)
-    assert strange.hits("/flaky/1/get_reward") < 100
+    assert strange.hits("/break_once/get_reward") < 100
     assert time.monotonic() - started < 10
 
 
@@ -487,11 +573,11 @@ def test_of_a_server_that_is_killed_what_it_answered_is_kept_and_nothing_else():
     problems, steps = ["p", "q", "r", "s"], [["a"], ["b", "c"], ["d"], ["e"]]
     expected = Scorer().score_steps(problems, steps)
     with running() as server:
-        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, retries=2, on_failure="none")
+        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, patience=0.5, on_failure="none")
         assert scored(source, problems, steps) == [*expected[:2], None, None]
         server.process.wait(10)
         source.on_failure = "raise"
-        with pytest.raises(RewardServerError, match=r"ConnectError.*\(3 attempts\)"):
+        with pytest.raises(RewardServerError, match="ConnectError.*patience=0.5 s"):
             scored(source, problems, steps)
 
 
@@ -499,7 +585,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_no_reward():
     problems, steps = ["p", "q", "r", "s"], [["a"], ["b", "c"], ["d"], ["e"]]
 
     async def score_while_the_server_restarts(server):
-        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, retries=8, backoff=0.1)
+        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, patience=120.0)
         waiting = asyncio.ensure_future(source.score_steps(problems, steps))
         await asyncio.to_thread(server.process.wait, 30)
         assert not waiting.done()
@@ -554,7 +640,7 @@ def test_vllm_rows_of_another_number_are_not_used(strange, tagged):
 
 @pytest.mark.parametrize("rows", [[], [[0.5, 0.5]] * 2, [[0.5, 0.5]] * 4, "base64", [0.5, 0.5, 0.5]])
 def test_vllm_rows_without_a_common_tag_must_be_those_of_all_tokens(rows):
-    request = vllm_steps(None, [7, 8, 9], [1, 2], 2, (-1,))
+    request = vllm_steps(None, [7, 8, 9], [1, 2], (-1,))
     assert request.parse({"data": [{"data": [[0.5, 0.1], [0.5, 0.2], [0.5, 0.3]]}]}) == [[0.2, 0.3]]
     with pytest.raises(RewardServerError, match=r"`data\[0\]\.data`|row of step 0"):
         request.parse({"data": [{"data": rows}]})
@@ -595,7 +681,7 @@ def test_vllm_is_asked_as_its_documentation_says(tagged):
 
 @given(counts=st.lists(st.integers(0, 3), max_size=5), found=st.lists(st.integers(0, 3), max_size=5), data=st.data())
 def test_only_an_answer_of_the_same_shape_is_read(counts, found, data):
-    request = openrlhf_steps(["p"] * len(counts), [["s"] * count for count in counts])
+    request = openrlhf_steps([plain_query("p", ["s"] * count) for count in counts])
     number = st.none() | st.floats(0, 1)
     scores = [data.draw(st.lists(number, min_size=count, max_size=count)) for count in found]
     if counts == found:
@@ -611,7 +697,7 @@ def test_labels_come_from_the_column_that_is_named():
         asyncio.run(source(prompts=["p"], completions=["c"], completion_ids=[[1]]))
     sent = []
 
-    async def ask(path, requests):
+    async def ask(requests):
         sent.extend(request.payload for request in requests)
         return [1.0, 2.0]
 
@@ -630,6 +716,14 @@ def test_labels_come_from_the_column_that_is_named():
         ({"batch_size": 0}, "batch_size"),
         ({"retries": -1}, "retries"),
         ({"timeout": 0.0}, "timeout"),
+        ({"patience": -1.0}, "patience"),
+        ({"max_answer_bytes": 0}, "max_answer_bytes"),
+        ({"url": "http://user:hidden@localhost"}, "user name or password"),
+        ({"url": "http://"}, "names no host"),
+        ({"headers": {"X-Key": "two\nlines"}}, "header 'X-Key' is not printable"),
+        ({"api_key_env": "NO_KEY_HERE"}, "NO_KEY_HERE holds no key"),
+        ({"preset": "acemath-rm", "tokenizer": 1}, "kind 'outcome'"),
+        ({"preset": "math-shepherd", "tokenizer": 1, "protocol": "vllm"}, "say with `labels`"),
         ({"rendering": Tagged()}, "go together"),
         ({"protocol": "vllm"}, "needs rendering and tokenizer"),
     ],

@@ -7,6 +7,8 @@ served by a process, `python -m tests.support.reward_servers PORT`, that imports
 
 import asyncio
 import collections
+import email.utils
+import gzip
 import json
 import math
 import os
@@ -109,6 +111,10 @@ def strange_app():
             yield b" "
             await asyncio.sleep(0.05)
 
+    async def flood():
+        for _ in range(2000):
+            yield b" " * 2**20
+
     def pooling(asked, how):
         """The row of position p in ids is [1 - p/1000, p/1000]."""
         tagged = [p for p, token in enumerate(asked["input"]) if how == "tokens" or token == int(how)]
@@ -130,6 +136,16 @@ def strange_app():
             return StreamingResponse(trickle(), media_type="application/json")
         if how == "die" and number > int(argument):
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "break_once" and number == 1:
+            return Response("broken", 500)
+        if how == "later" and number == 1:
+            in_two_seconds = email.utils.formatdate(time.time() + 2, usegmt=True)
+            seconds = {"seconds": "1", "date": in_two_seconds, "tomorrow": "86400"}[argument]
+            return Response("busy", 429, {"retry-after": seconds})
+        if how in ("huge", "huge_status"):
+            return StreamingResponse(flood(), 200 if how == "huge" else 503)
+        if how == "gzip":
+            return Response(gzip.compress(b" " * 10_000_000), headers={"content-encoding": "gzip"})
         if how == "prose":
             return Response("no json")
         if how == "redirect":
