@@ -49,6 +49,8 @@ from .reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from .reward_models.opening import load_reward_model, open_reward_models
 from .reward_models.presets import Preset
 from .reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
+from .reward_models.remote.judge import JudgeOutcome, JudgeSteps
+from .reward_models.remote.judge_formats import JUDGE_FORMATS, JudgeFormat, rubric_format
 from .rewards.batch import ScoredBatch
 from .rewards.turns import TurnRewards
 from .rewards.types import StepRewards
@@ -60,10 +62,14 @@ from .trainer import GRPOExtTrainer
 __all__ = [
     "DIVERGENCES",
     "ESTIMATORS",
+    "JUDGE_FORMATS",
     "Divergence",
     "Estimator",
     "GRPOExtConfig",
     "GRPOExtTrainer",
+    "JudgeFormat",
+    "JudgeOutcome",
+    "JudgeSteps",
     "OutcomeRewardModel",
     "Preset",
     "ProcessRewardModel",
@@ -75,6 +81,7 @@ __all__ = [
     "TurnRewards",
     "load_reward_model",
     "open_reward_models",
+    "rubric_format",
     "step_reward",
 ]
 __version__ = "0.1.0"

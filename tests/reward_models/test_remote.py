@@ -31,10 +31,11 @@ from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.reward_models.models import ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
-from trl_grpo_ext.reward_models.remote import transport
+from trl_grpo_ext.reward_models.presets import PRESETS
+from trl_grpo_ext.reward_models.remote import server, transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, plain_query, vllm_steps
-from trl_grpo_ext.reward_models.remote.server import _receive_body, create_app, main
+from trl_grpo_ext.reward_models.remote.server import _api_key, _receive_body, _Worker, create_app, main
 from trl_grpo_ext.reward_models.rendering import Tagged
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
 from trl_grpo_ext.steps.segmentation import Segmentation
@@ -92,19 +93,28 @@ def running():
     return Server.command("tests.support.reward_servers")
 
 
+@contextlib.contextmanager
+def served(app):
+    """An application in a thread of this process, at the url that is given."""
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.config.port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
 @pytest.fixture(scope="module")
 def real():
     """The package's server, in a thread of this process, which has imported it already."""
-    server = uvicorn.Server(uvicorn.Config(real_app(), port=free_port(), log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.config.port}")
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
+    with served(real_app()) as url:
+        yield SimpleNamespace(url=url)
 
 
 @pytest.fixture(scope="module")
@@ -266,14 +276,14 @@ def test_what_the_model_cannot_score_is_not_sent_again_and_the_client_sees_why(r
         scored(source, ["p", "q"], [["a", "b"], ["c", step]])
 
 
-def answered(app, body, raises=False):
+def answered(app, body, raises=False, headers=None):
     """The application's answer to a body, without a server; `raises`: what it raises is not caught here."""
 
     async def post():
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=raises)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await client.post("/get_reward", content=content)
+            return await client.post("/get_reward", content=content, headers=headers)
 
     return asyncio.run(post())
 
@@ -345,6 +355,118 @@ def test_of_a_body_that_is_too_large_no_more_is_held_than_of_one_that_is_not():
         tracemalloc.stop()
 
 
+class Turns(Scorer):
+    """A model that scores one request whenever it is told to, and remembers what it scored."""
+
+    def __init__(self):
+        self.began = threading.Semaphore(0)
+        self.may_end = threading.Semaphore(0)
+        self.scored = []
+
+    def score_steps(self, problems, steps):
+        self.began.release()
+        assert self.may_end.acquire(timeout=30)
+        self.scored += problems
+        return super().score_steps(problems, steps)
+
+
+def test_the_queue_is_bounded_and_whoever_leaves_it_is_not_scored():
+    model = Turns()
+    body = {"query": ["p"], "prompts": ["p"], "labels": [None], "steps": [["a"]]}
+
+    async def crowd(url):
+        async with httpx.AsyncClient(timeout=60.0, trust_env=False) as client:
+
+            async def ask(problem):
+                return await client.post(f"{url}/get_reward", json={**body, "query": [problem], "prompts": [problem]})
+
+            first = asyncio.ensure_future(ask("first"))
+            await asyncio.to_thread(model.began.acquire, timeout=30)
+            leaving = asyncio.ensure_future(ask("leaving"))
+            await asyncio.sleep(0.3)
+            staying = asyncio.ensure_future(ask("staying"))
+            await asyncio.sleep(0.3)
+            refused = await ask("one too many")
+            leaving.cancel()
+            await asyncio.sleep(0.3)
+            late = asyncio.ensure_future(ask("late"))
+            await asyncio.sleep(0.3)
+            for _ in range(4):
+                model.may_end.release()
+            return refused, [await waiting for waiting in (first, staying, late)]
+
+    with served(create_app(model, "process", queue=3)) as url:
+        refused, answers = asyncio.run(crowd(url))
+    assert refused.status_code == 429 and "3 requests are waiting" in refused.json()["error"]
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert model.scored == ["first", "staying", "late"]
+
+
+def test_a_wait_beyond_the_clients_time_out_is_refused_before_it_begins():
+    worker = _Worker(lambda problems, answers: [], queue=64)
+    worker._seconds = 50.0
+    for inside, admitted in ((0, True), (1, True), (2, True), (3, False), (63, False)):
+        worker._inside = inside
+        if admitted:
+            worker._refuse_if_full()
+        else:
+            with pytest.raises(HTTPException) as refused:
+                worker._refuse_if_full()
+            assert refused.value.status_code == 429 and int(refused.value.headers["Retry-After"]) == 60
+    worker._seconds = 0.001
+    worker._inside = 63
+    worker._refuse_if_full()
+
+
+def test_more_clients_than_the_queue_takes_lose_no_reward():
+    """Eight processes with eight requests in flight each, and a server that takes four at once."""
+    problems = [f"problem {number}" for number in range(24)]
+    steps = [["a", "b"]] * 24
+    expected = Scorer().score_steps(problems, steps)
+
+    async def all_at_once(url):
+        sources = [process(url, batch_size=1, backoff=0.01) for _ in range(8)]
+        return await asyncio.gather(*(source.score_steps(problems, steps) for source in sources))
+
+    with served(create_app(Scorer(), "process", queue=4)) as url:
+        assert asyncio.run(all_at_once(url)) == [expected] * 8
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer", "Bearer wrong", "right", "Basic right", "Bearer right2", "Bearer ключ"]
+)
+def test_without_the_key_nothing_is_scored(authorization):
+    app = create_app(Turns(), "process", api_key="right", max_bytes=1000)
+    headers = {} if authorization is None else {"Authorization": authorization.encode()}
+    response = answered(app, b" " * 100_000, headers=headers)
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_the_key_comes_from_the_environment_on_both_sides(monkeypatch):
+    monkeypatch.setenv("REWARD_API_KEY", "right")
+    steps = [["a"], ["b", "c"]]
+    with served(create_app(Scorer(), "process", api_key=_api_key("REWARD_API_KEY", "0.0.0.0"))) as url:
+        source = process(url, api_key_env="REWARD_API_KEY")
+        assert scored(source, ["p", "q"], steps) == Scorer().score_steps(["p", "q"], steps)
+        with pytest.raises(RewardServerError, match="status 401"):
+            scored(process(url), ["p", "q"], steps)
+
+
+def test_beyond_loopback_a_key_is_needed(monkeypatch):
+    monkeypatch.delenv("REWARD_API_KEY", raising=False)
+    for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1"):
+        assert _api_key("REWARD_API_KEY", host) is None
+    for host in ("0.0.0.0", "::", "", "10.0.0.1", "example.org"):
+        with pytest.raises(ValueError, match="REWARD_API_KEY, here and where clients run"):
+            _api_key("REWARD_API_KEY", host)
+    with pytest.raises(SystemExit, match="lets other machines ask"):
+        main(["no-such-model", "--host", "0.0.0.0"])
+    monkeypatch.setenv("REWARD_API_KEY", " ")
+    with pytest.raises(ValueError, match="holds no key"):
+        _api_key("REWARD_API_KEY", "127.0.0.1")
+
+
 def test_a_request_that_is_too_large_is_not_sent_again_and_costs_only_its_completions(real, caplog):
     source = process(f"{real.url}/process", batch_size=1, on_failure="none", backoff=30.0)
     steps = [["a"], ["c" * 2_000_000], ["b"]]
@@ -399,6 +521,7 @@ def test_the_command_reads_its_options(tmp_path, monkeypatch):
     assert by_name["rewards"] == [min(by_name["step_scores"][0])]
 
     options = ["--dtype", "bfloat16", "--max-bytes", str(len(body)), "--host", "127.0.0.2", "--port", "8001"]
+    options += ["--queue", "5"]
     main([*command, "--preset", str(file), *options])
     assert (started["host"], started["port"]) == ("127.0.0.2", 8001)
     from_file = answered(started["app"], body).json()
@@ -406,6 +529,26 @@ def test_the_command_reads_its_options(tmp_path, monkeypatch):
     assert from_file["step_scores"] != expected(Preset.from_yaml(file), "float32")
     assert from_file["rewards"] == [pytest.approx(sum(from_file["step_scores"][0]))]
     assert answered(started["app"], body + b" ").status_code == 413
+
+
+def test_the_command_hands_over_what_the_model_is_loaded_with(monkeypatch):
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: None)
+    loaded = {}
+
+    def load(model, preset, **options):
+        loaded.update(model=model, preset=preset, **options)
+        scorer = SimpleNamespace(to=lambda device: None)
+        return SimpleNamespace(preset=SimpleNamespace(kind="process", reduce="min"), scorer=scorer, score_steps=None)
+
+    monkeypatch.setattr(server, "load_reward_model", load)
+    main(["m", "--max-length", "77", "--batch-tokens", "99", "--reference", "ref"])
+    assert loaded == {
+        **{"model": "m", "preset": None, "dtype": "auto"},
+        **{"max_length": 77, "batch_tokens": 99, "log_ratio_model": "ref"},
+    }
+    loaded.clear()
+    main(["m"])
+    assert loaded == {"model": "m", "preset": None, "dtype": "auto"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,6 +820,119 @@ def test_vllm_is_asked_as_its_documentation_says(tagged):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is sent and read
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+TEMPLATED = Tagged(prompt="Q: {problem}\n", between=" ", tag="<extra_0>")
+
+
+def test_openrlhfs_own_server_gets_text_in_the_template_of_the_model(strange, tagged):
+    """OpenRLHF's server scores `query` as it is, and its own trainer sends prompts in their template."""
+    options, _ = tagged
+    options = {**options, "protocol": "openrlhf", "rendering": TEMPLATED, "batch_size": 2}
+    source = RemoteOutcomeRewardModel(f"{strange.url}/outcomes", **options, max_length=30)
+    problems = ["p", "q", "long", "r"]
+    rewards = asyncio.run(source.score_batch(problems, ["one", "two", "x" * 40, "three"], ["1", "2", "3", "4"]))
+    # One number for each letter of the query, and the labels stay with their completions
+    queries = ["Q: p\none<extra_0>", "Q: q\ntwo<extra_0>", None, "Q: r\nthree<extra_0>"]
+    assert rewards == [query and len(query) + label for label, query in enumerate(queries, 1)]
+    sent = []
+    steps_of = RemoteProcessRewardModel("http://localhost", **options, max_length=20)
+
+    async def ask(requests):
+        sent.extend(request.payload for request in requests)
+        return [[0.5, 0.25], [0.75]]
+
+    steps_of._ask = ask
+    scores = scored(steps_of, ["p", "q", "r"], [["a", "b"], [], ["c", "d" * 20]])
+    assert scores == [[0.5, 0.25], [], [0.75, None]]
+    assert sent == [
+        {
+            "query": ["Q: p\na<extra_0> b<extra_0>", "Q: r\nc<extra_0>"],
+            "prompts": ["Q: p\n", "Q: r\n"],
+            "labels": [None, None],
+            "steps": [["a", "b"], ["c"]],
+        }
+    ]
+
+
+@pytest.mark.parametrize("end", ["", "/", "/get_reward", "/get_reward/"])
+def test_the_url_may_end_with_the_path_as_openrlhf_writes_it(real, end):
+    assert scored(process(f"{real.url}/process{end}")) == Scorer().score_steps(PROBLEMS, STEPS)
+
+
+def test_a_preset_says_how_the_served_model_is_fed_cut_and_read(tagged):
+    options, _ = tagged
+    source = process("http://localhost", protocol="vllm", preset="qwen-math-prm", tokenizer=options["tokenizer"])
+    preset = PRESETS["qwen-math-prm"]
+    assert (source.max_length, source.rendering) == (4096, preset.rendering) == (preset.max_length, source.rendering)
+    assert (source.segmentation, source.reduce, tuple(source.labels)) == (preset.segmentation, preset.reduce, (1,))
+    given_values = {"max_length": 8, "reduce": "sum", "labels": (0,), "segmentation": "newline"}
+    source = process("http://localhost", preset=preset, tokenizer=options["tokenizer"], **given_values)
+    assert (source.max_length, source.reduce, source.labels) == (8, "sum", (0,))
+    assert source.segmentation == Segmentation(by="newline")
+
+
+def test_two_sources_have_two_names_and_no_repr_shows_a_secret():
+    sources = [
+        RemoteProcessRewardModel("http://a:8000"),
+        RemoteProcessRewardModel("http://a:8001"),
+        RemoteProcessRewardModel("http://a:8000/other"),
+        RemoteOutcomeRewardModel("http://a:8000"),
+        RemoteOutcomeRewardModel("http://a:8000", model="org/rm"),
+        RemoteProcessRewardModel("http://a:8000", name="mine"),
+    ]
+    names = [source.__name__ for source in sources]
+    assert len(set(names)) == len(names) and names[0] == "RemoteProcessRewardModel-a-8000" and names[-1] == "mine"
+    assert not any("/" in name or ":" in name for name in names)
+    hidden = RemoteProcessRewardModel("http://a:8000/x?key=hidden", headers={"Authorization": "Bearer hidden"})
+    assert repr(hidden) == "RemoteProcessRewardModel('http://a:8000/x', name='RemoteProcessRewardModel-a-8000-x')"
+
+
+def test_a_proxy_of_the_environment_is_named_and_can_be_left_out(real, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    proxy = f"http://user:password@127.0.0.1:{free_port()}"
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    named = rf"ConnectError .*through the proxy {proxy.replace('user:password@', '')} of the environment; trust_env"
+    with pytest.raises(RewardServerError, match=named):
+        scored(process(f"{real.url}/process", patience=0.0))
+    assert scored(process(f"{real.url}/process", patience=0.0, on_failure="none")) == [None] * 6
+    expected = Scorer().score_steps(PROBLEMS, STEPS)
+    assert scored(process(f"{real.url}/process", trust_env=False)) == expected
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert scored(process(f"{real.url}/process")) == expected
+    monkeypatch.setenv("HTTP_PROXY", "strange://proxy")
+    monkeypatch.setenv("http_proxy", "strange://proxy")
+    with pytest.raises(ValueError, match="strange"):
+        process(f"{real.url}/process")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ProxyError,
+        httpx.ReadError,
+        httpx.WriteError,
+        httpx.PoolTimeout,
+        httpx.LocalProtocolError,
+        httpx.RemoteProtocolError,
+        httpx.DecodingError,
+        httpx.TooManyRedirects,
+        httpx.UnsupportedProtocol,
+    ],
+)
+def test_every_error_of_the_transport_is_covered(error, monkeypatch):
+    async def fail(self, request):
+        raise error("torn")
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", fail)
+    source = process("http://localhost", patience=0.0, trust_env=False)
+    with pytest.raises(RewardServerError, match=f"{error.__name__} torn"):
+        scored(source)
+    source.on_failure = "none"
+    assert scored(source) == [None] * len(PROBLEMS)
 
 
 @given(counts=st.lists(st.integers(0, 3), max_size=5), found=st.lists(st.integers(0, 3), max_size=5), data=st.data())

@@ -19,6 +19,7 @@ import zlib
 
 
 UNSCORED = "unscored"
+PACKED = gzip.compress(b" " * 1_000_000)
 
 
 class Scorer:
@@ -97,6 +98,25 @@ SPOILED = {
 }
 
 
+def chat_completion(asked, how):
+    """A judge that finds steps with "wrong" in them wrong; each message of 10 letters takes a token."""
+    said = asked["messages"][-1]["content"]
+    text = said if isinstance(said, str) else said[0]["text"]
+    if how == "freely":
+        answer = f"<think>Hm. \\boxed{{{'No' if 'wrong' in text else 'Yes'}}}"
+    elif how == "prose":
+        answer = "I would rather not."
+    else:
+        data = json.loads(text)
+        verdicts = [{"step": s["step"], "critique": "", "correct": "wrong" not in s["text"]} for s in data["steps"]]
+        if how == "fewer":
+            verdicts.pop()
+        answer = json.dumps({"steps": verdicts})
+    letters = sum(len(message["content"]) for message in asked["messages"])
+    usage = {"prompt_tokens": letters // 10, "completion_tokens": 7}
+    return {"choices": [{"message": {"role": "assistant", "content": answer}}], "usage": usage}
+
+
 def strange_app():
     """`/NAME/get_reward` misbehaves as NAME says; `/hits` has the requests of each path, and the most at once."""
     from starlette.applications import Starlette
@@ -104,6 +124,7 @@ def strange_app():
     from starlette.routing import Route
 
     hits = collections.Counter()
+    questions = []
     inside = 0
 
     async def trickle():
@@ -111,8 +132,12 @@ def strange_app():
             yield b" "
             await asyncio.sleep(0.05)
 
+    async def cut_off():
+        yield b"{"
+        raise ConnectionError("cut off")
+
     async def flood():
-        for _ in range(2000):
+        for _ in range(64):
             yield b" " * 2**20
 
     def pooling(asked, how):
@@ -142,11 +167,13 @@ def strange_app():
             in_two_seconds = email.utils.formatdate(time.time() + 2, usegmt=True)
             seconds = {"seconds": "1", "date": in_two_seconds, "tomorrow": "86400"}[argument]
             return Response("busy", 429, {"retry-after": seconds})
+        if how == "disconnect" and number == 1:
+            return StreamingResponse(cut_off(), media_type="application/json")
         if how in ("huge", "huge_status"):
             return StreamingResponse(flood(), 200 if how == "huge" else 503)
         if how == "gzip":
-            return Response(gzip.compress(b" " * 10_000_000), headers={"content-encoding": "gzip"})
-        if how == "prose":
+            return Response(PACKED, headers={"content-encoding": "gzip"})
+        if how == "prose" and "messages" not in asked:
             return Response("no json")
         if how == "redirect":
             return Response(status_code=307, headers={"location": "/good/get_reward"})
@@ -156,23 +183,33 @@ def strange_app():
             # The later a request came, the sooner it is answered
             await asyncio.sleep(max(0.01, 0.1 - 0.01 * number))
             inside -= 1
+        if request.url.path.endswith("/chat/completions"):
+            questions.append({**asked, "authorization": request.headers.get("authorization"), "path": how})
+            return JSONResponse(chat_completion(asked, how))
         if how == "pooling":
             return JSONResponse(pooling(asked, argument))
         if how == "classify":
             length = len(asked["input"]) if "input" in asked else sum(len(m["content"]) for m in asked["messages"])
             return JSONResponse({"data": [{"index": 0, "label": None, "probs": [7.0, -length], "asked": asked}]})
+        if how == "outcomes":
+            pairs = zip(asked["query"], asked["labels"], strict=True)
+            return JSONResponse({"rewards": [len(query) + int(label) for query, label in pairs]})
         body = correct(asked)
         if how in SPOILED:
             SPOILED[how](body)
         return Response(json.dumps(body), media_type="application/json")
 
+    async def asked_for(request):
+        return JSONResponse([question for question in questions if question["path"] == request.path_params["how"]])
+
     async def counts(request):
         return JSONResponse(dict(hits))
 
-    ends = ("get_reward", "pooling", "classify")
+    ends = ("get_reward", "pooling", "classify", "v1/chat/completions")
     posts = [Route(f"/{{how}}/{end}", answer, methods=["POST"]) for end in ends]
     posts += [Route(f"/{{how}}/{{argument}}/{end}", answer, methods=["POST"]) for end in ends]
-    return Starlette(routes=[Route("/hits", counts), Route("/health", counts), *posts])
+    gets = {"/hits": counts, "/asked/{how}": asked_for, "/health": counts}
+    return Starlette(routes=[*(Route(path, endpoint) for path, endpoint in gets.items()), *posts])
 
 
 def real_app():

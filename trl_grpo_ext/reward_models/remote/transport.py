@@ -10,7 +10,7 @@ import random
 import re
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -197,15 +197,22 @@ class Session:
         given = [value for name, value in client.headers.items() if name not in _OWN_HEADERS]
         self._secrets = [part for value in given for part in value.split() if len(part) >= _SHORTEST_SECRET]
 
-    async def post(self, payload: Mapping[str, Any]) -> Any:
+    async def post(self, payload: Mapping[str, Any], before: Callable[[], None] = lambda: None) -> Any:
         """
         The JSON that the server answers.
+
+        Args:
+            payload (`Mapping[str, Any]`):
+                What is sent, as JSON.
+            before (`Callable[[], None]`, *optional*):
+                Called when it is the request's turn; what it raises keeps the request from being sent.
 
         Raises:
             RewardServerError: the server refused, broke, stayed away for too long or answered something else.
         """
         body = json.dumps(payload, allow_nan=False).encode()
         async with self._gate:
+            before()
             try:
                 return await self._post(body)
             except RewardServerError as error:
@@ -283,7 +290,7 @@ class Session:
                 "%s: %s. Waiting for it since %.0f s, for at most %.0f s.",
                 *(self.address, self._without_secrets(trouble), waited, self._source.patience),
             )
-            self._next_notice = waited + _NOTICE_EVERY
+            self._next_notice = waited + pause + _NOTICE_EVERY
         await asyncio.sleep(pause)
 
     def _without_secrets(self, text: str) -> str:
