@@ -2,12 +2,14 @@
 
 import asyncio
 import email.utils
+import functools
 import itertools
 import json
 import logging
 import os
 import random
 import re
+import ssl
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -155,8 +157,9 @@ class RemoteSource:
                 timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
                 limits=httpx.Limits(max_connections=None),
                 trust_env=self.trust_env,
+                verify=_tls(self.trust_env),
             )
-        except (ValueError, ImportError, httpx.InvalidURL) as error:
+        except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
             raise ValueError(f"{self.__name__}: {error}{_proxy_hint(httpx.URL(self.url), self.trust_env)}") from None
 
     @asynccontextmanager
@@ -227,7 +230,7 @@ class Session:
                 answer = await self._send(body)
             except TimeoutError:
                 trouble = f"no answer within {self._source.timeout} s"
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, OSError) as error:
                 trouble = f"{type(error).__name__} {error}" + _proxy_hint(self._url, self._source.trust_env)
                 if isinstance(error, _FINAL_ERRORS) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                     raise RewardServerError(trouble) from None
@@ -297,6 +300,12 @@ class Session:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
+
+
+@functools.cache
+def _tls(trust_env: bool) -> ssl.SSLContext:
+    """Made once: it reads all certificates, which takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
