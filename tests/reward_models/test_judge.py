@@ -160,16 +160,20 @@ def test_a_key_is_sent_and_shown_nowhere(server, monkeypatch, tmp_path, caplog):
     rewards_of(judge, ["key?"], ["right"])
     assert asked(server, "good")[-1]["authorization"] == f"Bearer {KEY}"
     # A server that repeats what it was sent
-    echo = judge_of(server, f"status/401/{KEY}", api_key_env="JUDGE_KEY", headers=headers, on_failure="none")
+    echo = judge_of(server, "status/401", api_key_env="JUDGE_KEY", headers=headers, on_failure="none")
     with caplog.at_level(logging.DEBUG, logger="trl_grpo_ext"), pytest.raises(RewardServerError) as failed:
         echo.on_failure = "raise"
         rewards_of(echo)
-    echo.on_failure = "none"
+    with caplog.at_level(logging.DEBUG, logger="trl_grpo_ext"):
+        echo.on_failure = "none"
+        assert rewards_of(echo) == [None, None, EXPECTED[2]]
+        assert rewards_of(judge_of(server, "echo", api_key_env="JUDGE_KEY")) == [None, None, EXPECTED[2]]
     echo_logs = [record.getMessage() for record in caplog.records if record.name.startswith("trl_grpo_ext")]
     shown = [repr(judge), str(judge), *echo_logs, *(path.read_text() for path in tmp_path.rglob("*.json"))]
     shown += [pickle.dumps(dataclasses.replace(judge, headers=None)).decode("latin-1")]
+    shown += traceback.format_exception(failed.value)
+    assert any("Bearer ***" in text for text in echo_logs) and "because of 401 Bearer ***" in shown[-1]
     assert not any(KEY in text or other in text for text in shown)
-    assert failed.value.args
     for wrong in ("sk-" + KEY, "two words", KEY):
         with pytest.raises(ValueError, match="name of an environment variable") as refused:
             judge_of(server, "good", api_key_env=wrong)
@@ -302,7 +306,10 @@ def test_a_rubric_weighs_what_is_met():
 
 def test_an_outcome_is_one_number_and_images_go_along(server, tmp_path):
     own = JudgeFormat(
-        user="{{completion}}", parse=lambda text, count: [0.5 if "Yes" in text else -0.5], system="Gold: {{gold}}"
+        user="{{completion}}",
+        parse=lambda text, count: [0.5 if "Yes" in text else -0.5],
+        system="Gold: {{gold}}",
+        kind="outcome",
     )
     judge = JudgeOutcome(f"{server.url}/freely/v1", "m", format=own)
     picture = Image.new("RGB", (2, 1), (255, 0, 0))
@@ -345,9 +352,27 @@ def test_what_cannot_work_is_refused_at_once(options, error, message):
 
 
 def test_a_format_of_steps_is_not_for_outcomes():
-    for name in ("thinkprm", "genprm"):
-        with pytest.raises(ValueError, match="which only JudgeSteps has"):
-            JudgeOutcome("http://localhost", "m", format=name)
+    for judge, name in ((JudgeOutcome, "verdicts"), (JudgeOutcome, "genprm"), (JudgeSteps, "correct")):
+        with pytest.raises(ValueError, match=f"{judge.__name__} needs another"):
+            judge("http://localhost", "m", format=name)
+    for options in ({"user": "{{steps}}"}, {"user": "-", "next_user": "-"}):
+        with pytest.raises(ValueError, match="an outcome has no (steps|next_user)"):
+            JudgeFormat(**options, parse=list, kind="outcome")
+
+
+def test_judges_with_other_models_formats_or_urls_have_other_names():
+    own = dataclasses.replace(JUDGE_FORMATS["verdicts"], system="Judge.")
+    judges = [
+        JudgeSteps("http://localhost", "org/a"),
+        JudgeSteps("http://localhost", "org/b"),
+        JudgeSteps("http://localhost:1", "org/a"),
+        JudgeSteps("http://localhost", "org/a", format="first_error"),
+        JudgeSteps("http://localhost", "org/a", format=own),
+        JudgeSteps("http://localhost", "org/a", format=dataclasses.replace(own, user="{{problem}}{{steps}}")),
+        JudgeOutcome("http://localhost", "org/a"),
+    ]
+    assert len({judge.__name__ for judge in judges}) == len(judges)
+    assert judges[0].__name__ == "JudgeSteps-a-verdicts-localhost"
 
 
 def test_the_example_of_the_documents_judges(server, monkeypatch, tmp_path):

@@ -578,7 +578,7 @@ def test_what_says_that_the_request_is_wrong_is_final(strange, status):
 
 def test_a_server_that_breaks_is_asked_again_as_often_as_wanted(strange):
     source = process(f"{strange.url}/status/500", retries=2)
-    with pytest.raises(RewardServerError, match=r"status 500: because of 500 \(3 attempt\(s\)\)"):
+    with pytest.raises(RewardServerError, match=r"status 500: because of 500 +\(3 attempt\(s\)\)"):
         scored(source)
     assert strange.hits("/status/500/get_reward") == 3
     source.on_failure, source.retries = "none", 0

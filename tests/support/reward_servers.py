@@ -98,14 +98,14 @@ SPOILED = {
 }
 
 
-def chat_completion(asked, how):
+def chat_completion(asked, how, authorization):
     """A judge that finds steps with "wrong" in them wrong; each message of 10 letters takes a token."""
     said = asked["messages"][-1]["content"]
     text = said if isinstance(said, str) else said[0]["text"]
     if how == "freely":
         answer = f"<think>Hm. \\boxed{{{'No' if 'wrong' in text else 'Yes'}}}"
-    elif how == "prose":
-        answer = "I would rather not."
+    elif how in ("prose", "echo"):
+        answer = authorization if how == "echo" else "I would rather not."
     else:
         data = json.loads(text)
         verdicts = [{"step": s["step"], "critique": "", "correct": "wrong" not in s["text"]} for s in data["steps"]]
@@ -152,7 +152,7 @@ def strange_app():
         how, argument = request.path_params["how"], request.path_params.get("argument", "")
         asked = await request.json()
         if how == "status":
-            return Response(f"because of {argument}", int(argument))
+            return Response(f"because of {argument} {request.headers.get('authorization', '')}", int(argument))
         if how == "flaky" and number <= int(argument):
             return Response("try again", 503)
         if how == "slow":
@@ -185,7 +185,7 @@ def strange_app():
             inside -= 1
         if request.url.path.endswith("/chat/completions"):
             questions.append({**asked, "authorization": request.headers.get("authorization"), "path": how})
-            return JSONResponse(chat_completion(asked, how))
+            return JSONResponse(chat_completion(asked, how, request.headers.get("authorization")))
         if how == "pooling":
             return JSONResponse(pooling(asked, argument))
         if how == "classify":

@@ -120,7 +120,7 @@ class RemoteRewardModel(RemoteSource):
                 received = await session.post(request.payload)
                 return counted(request.parse(received), request.completions, "the answer")
             except RewardServerError as error:
-                self._leave_unjudged(error, session.address, request.completions)
+                self._leave_unjudged(error, session, request.completions)
                 return [None] * request.completions
 
         async with self._session(self.path[self.protocol]) as session:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _PATH = "/chat/completions"
 _TOKENS_OF_A_PRICE = 1e6
+# Of the name of a format that has none
+_DIGITS_OF_A_FORMAT = 6
 
 
 class JudgeBudgetError(RuntimeError):
@@ -111,10 +113,14 @@ class _Judge(RemoteSource):
     price: tuple[float, float] | None = None
     max_cost: float | None = None
 
+    kind: ClassVar[str]
+
     def __post_init__(self):
-        super().__post_init__()
-        self.usage = JudgeUsage()
         self._format = _as_format(self.format)
+        super().__post_init__()
+        if self._format.kind != self.kind:
+            raise ValueError(f"the format is of kind '{self._format.kind}'; {type(self).__name__} needs another.")
+        self.usage = JudgeUsage()
         self._cache = AnswerCache(self.cache)
         self._processes = 1
         if self.price is not None and (len(self.price) != 2 or not min(self.price) >= 0):
@@ -125,7 +131,9 @@ class _Judge(RemoteSource):
             raise ValueError("max_cost needs a price.")
 
     def _name_parts(self) -> list[str]:
-        return [self.model.split("/")[-1], *([self.format] if isinstance(self.format, str) else [])]
+        templates = {"system": self._format.system, "user": self._format.user, "next": self._format.next_user}
+        format_name = self.format if isinstance(self.format, str) else content_key(templates)[:_DIGITS_OF_A_FORMAT]
+        return [self.model.split("/")[-1], format_name]
 
     @property
     def required_columns(self) -> list[str]:
@@ -197,7 +205,8 @@ class _Judge(RemoteSource):
             return values
         except _UnparsedAnswer as error:
             if not self.usage.unparsed:
-                logger.warning("%s; counted from now on in rewards/%s/unparsed.", error, self.__name__)
+                message = batch.session.without_secrets(str(error))
+                logger.warning("%s; counted from now on in rewards/%s/unparsed.", message, self.__name__)
             self.usage.unparsed += 1
             return None
 
@@ -222,7 +231,7 @@ class _Batch:
 
     def __init__(self, judge: _Judge, session: Session):
         self._judge = judge
-        self._session = session
+        self.session = session
         self._asked: dict[str, asyncio.Future[str | None]] = {}
 
     async def ask(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None) -> str | None:
@@ -243,10 +252,10 @@ class _Batch:
             usage.cached += 1
             return stored
         try:
-            answer = await self._session.post(question, self._judge._check_budget)
+            answer = await self.session.post(question, self._judge._check_budget)
             reply = _read_reply(answer, needs_usage=self._judge.price is not None)
         except RewardServerError as error:
-            self._judge._leave_unjudged(error, self._session.address, 1)
+            self._judge._leave_unjudged(error, self.session, 1)
             return None
         usage.answers += 1
         usage.prompt_tokens += reply.prompt_tokens
@@ -277,6 +286,8 @@ class JudgeSteps(_Judge):
     >>> trainer = GRPOExtTrainer(model, reward_funcs=[judge], train_dataset=dataset)
     ```
     """
+
+    kind: ClassVar[str] = "process"
 
     segmentation: SegmentationLike = "blank_line"
     reduce: str = "min"
@@ -333,12 +344,9 @@ class JudgeOutcome(_Judge):
     ```
     """
 
-    format: JudgeFormat | str = "correct"
+    kind: ClassVar[str] = "outcome"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self._format.step_fields:
-            raise ValueError(f"the format has {', '.join(self._format.step_fields)}, which only JudgeSteps has.")
+    format: JudgeFormat | str = "correct"
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         def of_row(row: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 # What a parser gives for each step
@@ -55,6 +55,11 @@ class JudgeFormat:
             one conversation that holds its own answers.
         step (`str`, *optional*, defaults to `"Step {{number}}: {{text}}"`):
             Template of a step in `{{steps}}`.
+        kind (`str`, *optional*, defaults to `"process"`):
+            `"process"` for [`JudgeSteps`], `"outcome"` for [`JudgeOutcome`].
+
+    Raises:
+        ValueError: an unknown kind, or an outcome with what only steps have.
     """
 
     user: str
@@ -63,6 +68,14 @@ class JudgeFormat:
     schema: Callable[[int], dict[str, Any]] | None = None
     next_user: str | None = None
     step: str = "Step {{number}}: {{text}}"
+    kind: Literal["process", "outcome"] = "process"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("process", "outcome"):
+            raise ValueError(f"JudgeFormat: kind is {self.kind!r}; known: process, outcome.")
+        of_steps = sorted(self.fields & set(_STEP_FIELDS)) + ([] if self.next_user is None else ["next_user"])
+        if self.kind == "outcome" and of_steps:
+            raise ValueError(f"JudgeFormat: an outcome has no {', '.join(of_steps)}.")
 
     @property
     def fields(self) -> set[str]:
@@ -74,11 +87,6 @@ class JudgeFormat:
     def columns(self) -> list[str]:
         """The columns of the dataset that the templates need."""
         return sorted(self.fields - set(_OWN_FIELDS))
-
-    @property
-    def step_fields(self) -> list[str]:
-        """The fields that only a judge of steps has."""
-        return sorted(self.fields & set(_STEP_FIELDS)) + ([] if self.next_user is None else ["next_user"])
 
     def fill(
         self, template: str, problem: str, steps: Sequence[str] | None, completion: str, more: Mapping[str, Any]
@@ -242,6 +250,7 @@ _CORRECT = JudgeFormat(
     user="{{data}}",
     schema=_correct_schema,
     parse=_parse_correct,
+    kind="outcome",
 )
 
 # What `JudgeSteps` and `JudgeOutcome` take by name; "correct" is for outcomes, the others for steps
@@ -294,4 +303,5 @@ def rubric_format(criteria: Mapping[str, float]) -> JudgeFormat:
         user="{{data}}",
         schema=schema,
         parse=parse,
+        kind="outcome",
     )

@@ -35,6 +35,8 @@ _BUSY_STATUSES = (408, 425, 429)
 _FINAL_ERRORS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.TooManyRedirects)
 # What httpx sends by itself
 _OWN_HEADERS = ("accept", "accept-encoding", "connection", "user-agent")
+_BEARER = "Bearer "
+# What is shorter, such as a version, is a part of too many words
 _SHORTEST_SECRET = 6
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # Not Python's own generator, whose state belongs to the training run
@@ -150,7 +152,7 @@ class RemoteSource:
         # An answer that comes compressed could be small here and huge when it is unpacked
         headers = {"Accept-Encoding": "identity", **check_headers(self.headers)}
         if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {read_api_key(self.api_key_env, 'api_key_env')}"
+            headers["Authorization"] = f"{_BEARER}{read_api_key(self.api_key_env, 'api_key_env')}"
         try:
             return httpx.AsyncClient(
                 headers=headers,
@@ -168,11 +170,12 @@ class RemoteSource:
         async with self._client() as client:
             yield Session(self, client, address_of(self.url, path))
 
-    def _leave_unjudged(self, error: RewardServerError, address: str, completions: int) -> None:
+    def _leave_unjudged(self, error: RewardServerError, session: "Session", completions: int) -> None:
         """Raise the error again, or log it, as `on_failure` says."""
-        message = f"reward server {address}, {completions} completion(s): {error}"
+        # A server may repeat what it was sent
+        message = session.without_secrets(f"reward server {session.address}, {completions} completion(s): {error}")
         if self.on_failure == "raise":
-            raise RewardServerError(message) from error
+            raise RewardServerError(message) from None
         logger.warning("%s They stay unjudged.", message)
 
 
@@ -198,7 +201,9 @@ class Session:
         self._last_answer = time.monotonic()
         self._next_notice = _FIRST_NOTICE
         given = [value for name, value in client.headers.items() if name not in _OWN_HEADERS]
-        self._secrets = [part for value in given for part in value.split() if len(part) >= _SHORTEST_SECRET]
+        self._secrets = [
+            part for value in given for part in value.removeprefix(_BEARER).split() if len(part) >= _SHORTEST_SECRET
+        ]
 
     async def post(self, payload: Mapping[str, Any], before: Callable[[], None] = lambda: None) -> Any:
         """
@@ -216,11 +221,7 @@ class Session:
         body = json.dumps(payload, allow_nan=False).encode()
         async with self._gate:
             before()
-            try:
-                return await self._post(body)
-            except RewardServerError as error:
-                # A server may repeat what it was sent
-                raise RewardServerError(self._without_secrets(str(error))) from None
+            return await self._post(body)
 
     async def _post(self, body: bytes) -> Any:
         breaks = 0
@@ -291,12 +292,13 @@ class Session:
         if waited + pause >= self._next_notice:
             logger.warning(
                 "%s: %s. Waiting for it since %.0f s, for at most %.0f s.",
-                *(self.address, self._without_secrets(trouble), waited, self._source.patience),
+                *(self.address, self.without_secrets(trouble), waited, self._source.patience),
             )
             self._next_notice = waited + pause + _NOTICE_EVERY
         await asyncio.sleep(pause)
 
-    def _without_secrets(self, text: str) -> str:
+    def without_secrets(self, text: str) -> str:
+        """A text as it may be shown: without the values of the headers that were given."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
