@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import traceback
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -58,6 +59,8 @@ def test_each_step_is_judged_and_equal_completions_are_asked_about_once(server):
     assert len(questions) == judge.usage.answers == 2
     question = questions[0]
     assert (question["model"], question["temperature"]) == ("judge-1", 0)
+    # An answer that is packed could be huge once it is unpacked
+    assert question["accept-encoding"] == "identity"
     assert question["response_format"]["json_schema"]["strict"] is True
     first = next(q for q in questions if "wrong" in q["messages"][1]["content"])
     steps = [{"step": 1, "text": "right"}, {"step": 2, "text": "wrong"}, {"step": 3, "text": "right"}]
@@ -150,6 +153,12 @@ def test_the_limit_of_the_cost_stops_clearly_and_soon(server):
     with pytest.raises(JudgeBudgetError, match="judge 'j' has cost 21, and max_cost is 20"):
         rewards_of(judge, prompts, ["right"] * 30)
     assert judge.usage.answers == 3
+    # Two processes share the limit
+    shared = judge_of(server, "good", price=(0.0, 1e6), max_cost=20.0, concurrency=1, name="j")
+    shared.prepare(SimpleNamespace(num_processes=2), TOKENIZER, None)
+    with pytest.raises(JudgeBudgetError, match="judge 'j' has cost 28, and max_cost is 20"):
+        rewards_of(shared, prompts, ["right"] * 30)
+    assert shared.usage.answers == 2
 
 
 def test_a_key_is_sent_and_shown_nowhere(server, monkeypatch, tmp_path, caplog):

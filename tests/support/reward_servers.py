@@ -184,7 +184,8 @@ def strange_app():
             await asyncio.sleep(max(0.01, 0.1 - 0.01 * number))
             inside -= 1
         if request.url.path.endswith("/chat/completions"):
-            questions.append({**asked, "authorization": request.headers.get("authorization"), "path": how})
+            sent = {name: request.headers.get(name) for name in ("authorization", "accept-encoding")}
+            questions.append({**asked, **sent, "path": how})
             return JSONResponse(chat_completion(asked, how, request.headers.get("authorization")))
         if how == "pooling":
             return JSONResponse(pooling(asked, argument))
