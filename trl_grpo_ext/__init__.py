@@ -12,7 +12,7 @@ The folders, one for each promise:
 | `steps` | from text to steps, and from steps to the policy's tokens |
 | `advantages` | from token rewards of several sources to group-relative advantages |
 | `kl` | the KL estimates, the exact KL with its fused head, and the reference |
-| `reward_models` | reward models from checkpoints and behind HTTP |
+| `reward_models` | reward models from checkpoints and behind HTTP, and language models as judges |
 | `checkpoints` | checkpoints from which a run goes on as if it had not ended |
 | `credit` | what each token earned and why, in files and in a report |
 

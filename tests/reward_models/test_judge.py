@@ -19,7 +19,15 @@ from PIL import Image
 from tests.reward_models.test_remote import byte_tokenizer, running
 from tests.support.documents import python_example
 from tests.support.training import FixedCompletions, RecordingExtTrainer, make_trainer
-from trl_grpo_ext import JUDGE_FORMATS, JudgeFormat, JudgeOutcome, JudgeSteps, StepRewards, rubric_format
+from trl_grpo_ext import (
+    JUDGE_FORMATS,
+    JudgeFormat,
+    JudgeOutcome,
+    JudgeSteps,
+    StepRewards,
+    open_reward_models,
+    rubric_format,
+)
 from trl_grpo_ext.reward_models.remote.judge import JudgeBudgetError
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError
 
@@ -402,3 +410,12 @@ def test_the_example_of_the_documents_judges(server, monkeypatch, tmp_path):
     assert (question["model"], question["authorization"]) == ("gpt-4.1-mini", f"Bearer {KEY}")
     assert judge.cost > 0 and len(list(tmp_path.rglob("judge_answers/*/*.json"))) == 2
     assert isinstance(grade, JudgeOutcome) and "2. Every step is explained." in grade._format.system
+
+
+def test_the_recipe_finds_a_judge_in_a_file(tmp_path):
+    from grpo import load_reward
+
+    file = tmp_path / "my_rewards.py"
+    file.write_text('from trl_grpo_ext import JudgeSteps\n\n\njudge = JudgeSteps("http://127.0.0.1:8000/v1", "m")\n')
+    judge = load_reward(f"{file}:judge")
+    assert isinstance(judge, JudgeSteps) and open_reward_models([judge], {}) == [judge]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -980,6 +981,8 @@ def test_labels_come_from_the_column_that_is_named():
         ({"api_key_env": "NO_KEY_HERE"}, "NO_KEY_HERE holds no key"),
         ({"preset": "acemath-rm", "tokenizer": 1}, "kind 'outcome'"),
         ({"preset": "math-shepherd", "tokenizer": 1, "protocol": "vllm"}, "say with `labels`"),
+        ({"preset": replace(PRESETS["qwen-math-prm"], mask_tags=True), "protocol": "vllm"}, "hides tags"),
+        ({"preset": "qwen-math-prm"}, "go together"),
         ({"rendering": Tagged()}, "go together"),
         ({"protocol": "vllm"}, "needs rendering and tokenizer"),
     ],

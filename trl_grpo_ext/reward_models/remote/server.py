@@ -214,11 +214,11 @@ class _Worker:
             await asyncio.wait({job, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
-        if job.done():
-            return job.result()
-        # What is being scored already is scored to its end
-        work.cancel()
-        raise HTTPException(499, "the client left.")
+            # Nothing happens to what is done, or is being scored
+            work.cancel()
+        if leaving.done() and not job.done():
+            raise HTTPException(499, "the client left.")
+        return job.result()
 
 
 def create_app(
