@@ -28,7 +28,7 @@ from trl_grpo_ext import (
     open_reward_models,
     rubric_format,
 )
-from trl_grpo_ext.reward_models.remote.judge import JudgeBudgetError
+from trl_grpo_ext.reward_models.remote.judge import JudgeBudgetError, _read_reply
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError
 
 
@@ -419,3 +419,23 @@ def test_the_recipe_finds_a_judge_in_a_file(tmp_path):
     file.write_text('from trl_grpo_ext import JudgeSteps\n\n\njudge = JudgeSteps("http://127.0.0.1:8000/v1", "m")\n')
     judge = load_reward(f"{file}:judge")
     assert isinstance(judge, JudgeSteps) and open_reward_models([judge], {}) == [judge]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *([], "text", None, {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}),
+        {"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": "1", "completion_tokens": 1}},
+    ],
+)
+def test_what_is_no_chat_completion_is_a_failure_of_the_server(answer):
+    with pytest.raises(RewardServerError, match="not a chat completion"):
+        _read_reply(answer, needs_usage=False)
+
+
+def test_a_refusal_is_an_empty_answer_and_a_price_needs_the_tokens():
+    refusal = {"choices": [{"message": {"content": None, "refusal": "no"}}]}
+    assert _read_reply(refusal, needs_usage=False) == ("", 0, 0)
+    with pytest.raises(RewardServerError, match="prompt_tokens"):
+        _read_reply(refusal, needs_usage=True)
+    assert _read_reply({**refusal, "usage": {"prompt_tokens": 3, "completion_tokens": 2}}, True) == ("", 3, 2)
