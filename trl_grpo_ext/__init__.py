@@ -12,7 +12,7 @@ The folders, one for each promise:
 | `steps` | from text to steps, and from steps to the policy's tokens |
 | `advantages` | from token rewards of several sources to group-relative advantages |
 | `kl` | the KL estimates, the exact KL with its fused head, and the reference |
-| `reward_models` | reward models from checkpoints and behind HTTP |
+| `reward_models` | reward models from checkpoints and behind HTTP, and language models as judges |
 | `checkpoints` | checkpoints from which a run goes on as if it had not ended |
 | `credit` | what each token earned and why, in files and in a report |
 
@@ -49,6 +49,8 @@ from .reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from .reward_models.opening import load_reward_model, open_reward_models
 from .reward_models.presets import Preset
 from .reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
+from .reward_models.remote.judge import JudgeOutcome, JudgeSteps
+from .reward_models.remote.judge_formats import JUDGE_FORMATS, JudgeFormat, rubric_format
 from .rewards.scored_batch import ScoredBatch
 from .rewards.turns import TurnRewards
 from .rewards.types import StepRewards
@@ -60,10 +62,14 @@ from .trainer import GRPOExtTrainer
 __all__ = [
     "DIVERGENCES",
     "ESTIMATORS",
+    "JUDGE_FORMATS",
     "Divergence",
     "Estimator",
     "GRPOExtConfig",
     "GRPOExtTrainer",
+    "JudgeFormat",
+    "JudgeOutcome",
+    "JudgeSteps",
     "OutcomeRewardModel",
     "Preset",
     "ProcessRewardModel",
@@ -75,6 +81,7 @@ __all__ = [
     "TurnRewards",
     "load_reward_model",
     "open_reward_models",
+    "rubric_format",
     "step_reward",
 ]
 __version__ = "0.1.0"

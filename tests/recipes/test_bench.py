@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -122,3 +123,12 @@ def test_the_log_of_credit_that_is_made_up_has_a_report(run, tmp_path, capsys):
     assert "credit.html (0.1 MB)" in capsys.readouterr().out
     assert len(read_credit(tmp_path).steps) == 2
     assert all(row["explained"] for step in read_credit(tmp_path).steps for row in step.rows())
+
+
+def test_a_training_whose_server_is_killed_ends_with_the_same_weights(tmp_path, capsys):
+    measure = importlib.import_module("recipes.bench.server_outage").measure
+    assert measure(tmp_path, steps=6, kills=1, away=2.0)
+    printed = capsys.readouterr().out
+    assert "6 steps, 1 kills, away for 2 s" in printed and "12 of 12 tensors bit-equal, 12 of them moved" in printed
+    # The kill was seen: the client waited, and was answered again
+    assert re.search(r"waits seen by the client: \['\d+ s\.'\]", printed)

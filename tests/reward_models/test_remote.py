@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import socket
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +32,11 @@ from tests.support.tiny_models import save_tiny_model
 from trl_grpo_ext import StepRewards
 from trl_grpo_ext.reward_models.models import ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
+from trl_grpo_ext.reward_models.presets import PRESETS
+from trl_grpo_ext.reward_models.remote import server, transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
-from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, vllm_steps
-from trl_grpo_ext.reward_models.remote.server import _receive_body, create_app, main
+from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, plain_query, vllm_steps
+from trl_grpo_ext.reward_models.remote.server import _api_key, _receive_body, _Worker, create_app, main
 from trl_grpo_ext.reward_models.rendering import Tagged
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
 from trl_grpo_ext.steps.segmentation import Segmentation
@@ -90,19 +94,28 @@ def running():
     return Server.command("tests.support.reward_servers")
 
 
+@contextlib.contextmanager
+def served(app):
+    """An application in a thread of this process, at the url that is given."""
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.config.port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
 @pytest.fixture(scope="module")
 def real():
     """The package's server, in a thread of this process, which has imported it already."""
-    server = uvicorn.Server(uvicorn.Config(real_app(), port=free_port(), log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.config.port}")
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
+    with served(real_app()) as url:
+        yield SimpleNamespace(url=url)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +125,7 @@ def strange():
 
 
 def process(url, **options):
-    return RemoteProcessRewardModel(url, **{"backoff": 0.01, "timeout": 30.0, **options})
+    return RemoteProcessRewardModel(url, **{"backoff": 0.01, "timeout": 30.0, "patience": 20.0, **options})
 
 
 def scored(source, problems=PROBLEMS, steps=STEPS):
@@ -201,7 +214,7 @@ def test_the_segmentation_decides_about_the_steps(real):
 
 
 def test_without_the_policys_tokenizer_the_error_says_who_sets_it():
-    with pytest.raises(ValueError, match=r"8000'\) has no `policy_tokenizer`.*GRPOExtTrainer sets it"):
+    with pytest.raises(ValueError, match=r"8000', .*\) has no `policy_tokenizer`.*GRPOExtTrainer sets it"):
         asyncio.run(process("http://127.0.0.1:8000")(prompts=["p"], completions=["c"], completion_ids=[[1]]))
 
 
@@ -248,7 +261,7 @@ def test_other_methods_and_paths_are_refused_and_good_requests_served(real):
 
 
 def test_a_model_that_breaks_is_a_5xx_and_the_server_goes_on(real):
-    reason = r"/process/get_reward, 1 completion\(s\): status 500: .*RuntimeError: the model broke.*2 attempts"
+    reason = r"/process/get_reward, 1 completion\(s\): status 500: .*RuntimeError: the model broke.*\(2 attempt\(s\)\)"
     with pytest.raises(RewardServerError, match=reason):
         scored(process(f"{real.url}/process", retries=1), ["p"], [["break"]])
     assert scored(process(f"{real.url}/process")) == Scorer().score_steps(PROBLEMS, STEPS)
@@ -264,14 +277,14 @@ def test_what_the_model_cannot_score_is_not_sent_again_and_the_client_sees_why(r
         scored(source, ["p", "q"], [["a", "b"], ["c", step]])
 
 
-def answered(app, body, raises=False):
+def answered(app, body, raises=False, headers=None):
     """The application's answer to a body, without a server; `raises`: what it raises is not caught here."""
 
     async def post():
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=raises)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await client.post("/get_reward", content=content)
+            return await client.post("/get_reward", content=content, headers=headers)
 
     return asyncio.run(post())
 
@@ -343,6 +356,118 @@ def test_of_a_body_that_is_too_large_no_more_is_held_than_of_one_that_is_not():
         tracemalloc.stop()
 
 
+class Turns(Scorer):
+    """A model that scores one request whenever it is told to, and remembers what it scored."""
+
+    def __init__(self):
+        self.began = threading.Semaphore(0)
+        self.may_end = threading.Semaphore(0)
+        self.scored = []
+
+    def score_steps(self, problems, steps):
+        self.began.release()
+        assert self.may_end.acquire(timeout=30)
+        self.scored += problems
+        return super().score_steps(problems, steps)
+
+
+def test_the_queue_is_bounded_and_whoever_leaves_it_is_not_scored():
+    model = Turns()
+    body = {"query": ["p"], "prompts": ["p"], "labels": [None], "steps": [["a"]]}
+
+    async def crowd(url):
+        async with httpx.AsyncClient(timeout=60.0, trust_env=False) as client:
+
+            async def ask(problem):
+                return await client.post(f"{url}/get_reward", json={**body, "query": [problem], "prompts": [problem]})
+
+            first = asyncio.ensure_future(ask("first"))
+            await asyncio.to_thread(model.began.acquire, timeout=30)
+            leaving = asyncio.ensure_future(ask("leaving"))
+            await asyncio.sleep(0.3)
+            staying = asyncio.ensure_future(ask("staying"))
+            await asyncio.sleep(0.3)
+            refused = await ask("one too many")
+            leaving.cancel()
+            await asyncio.sleep(0.3)
+            late = asyncio.ensure_future(ask("late"))
+            await asyncio.sleep(0.3)
+            for _ in range(4):
+                model.may_end.release()
+            return refused, [await waiting for waiting in (first, staying, late)]
+
+    with served(create_app(model, "process", queue=3)) as url:
+        refused, answers = asyncio.run(crowd(url))
+    assert refused.status_code == 429 and "3 requests are waiting" in refused.json()["error"]
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert model.scored == ["first", "staying", "late"]
+
+
+def test_a_wait_beyond_the_clients_time_out_is_refused_before_it_begins():
+    worker = _Worker(lambda problems, answers: [], queue=64)
+    worker._seconds = 50.0
+    for inside, admitted in ((0, True), (1, True), (2, True), (3, False), (63, False)):
+        worker._inside = inside
+        if admitted:
+            worker._refuse_if_full()
+        else:
+            with pytest.raises(HTTPException) as refused:
+                worker._refuse_if_full()
+            assert refused.value.status_code == 429 and int(refused.value.headers["Retry-After"]) == 60
+    worker._seconds = 0.001
+    worker._inside = 63
+    worker._refuse_if_full()
+
+
+def test_more_clients_than_the_queue_takes_lose_no_reward():
+    """Eight processes with eight requests in flight each, and a server that takes four at once."""
+    problems = [f"problem {number}" for number in range(24)]
+    steps = [["a", "b"]] * 24
+    expected = Scorer().score_steps(problems, steps)
+
+    async def all_at_once(url):
+        sources = [process(url, batch_size=1, backoff=0.01) for _ in range(8)]
+        return await asyncio.gather(*(source.score_steps(problems, steps) for source in sources))
+
+    with served(create_app(Scorer(), "process", queue=4)) as url:
+        assert asyncio.run(all_at_once(url)) == [expected] * 8
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer", "Bearer wrong", "right", "Basic right", "Bearer right2", "Bearer ключ"]
+)
+def test_without_the_key_nothing_is_scored(authorization):
+    app = create_app(Turns(), "process", api_key="right", max_bytes=1000)
+    headers = {} if authorization is None else {"Authorization": authorization.encode()}
+    response = answered(app, b" " * 100_000, headers=headers)
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+
+
+def test_the_key_comes_from_the_environment_on_both_sides(monkeypatch):
+    monkeypatch.setenv("REWARD_API_KEY", "right")
+    steps = [["a"], ["b", "c"]]
+    with served(create_app(Scorer(), "process", api_key=_api_key("REWARD_API_KEY", "0.0.0.0"))) as url:
+        source = process(url, api_key_env="REWARD_API_KEY")
+        assert scored(source, ["p", "q"], steps) == Scorer().score_steps(["p", "q"], steps)
+        with pytest.raises(RewardServerError, match="status 401"):
+            scored(process(url), ["p", "q"], steps)
+
+
+def test_beyond_loopback_a_key_is_needed(monkeypatch):
+    monkeypatch.delenv("REWARD_API_KEY", raising=False)
+    for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1"):
+        assert _api_key("REWARD_API_KEY", host) is None
+    for host in ("0.0.0.0", "::", "", "10.0.0.1", "example.org"):
+        with pytest.raises(ValueError, match="REWARD_API_KEY, here and where clients run"):
+            _api_key("REWARD_API_KEY", host)
+    with pytest.raises(SystemExit, match="lets other machines ask"):
+        main(["no-such-model", "--host", "0.0.0.0"])
+    monkeypatch.setenv("REWARD_API_KEY", " ")
+    with pytest.raises(ValueError, match="holds no key"):
+        _api_key("REWARD_API_KEY", "127.0.0.1")
+
+
 def test_a_request_that_is_too_large_is_not_sent_again_and_costs_only_its_completions(real, caplog):
     source = process(f"{real.url}/process", batch_size=1, on_failure="none", backoff=30.0)
     steps = [["a"], ["c" * 2_000_000], ["b"]]
@@ -397,6 +522,7 @@ def test_the_command_reads_its_options(tmp_path, monkeypatch):
     assert by_name["rewards"] == [min(by_name["step_scores"][0])]
 
     options = ["--dtype", "bfloat16", "--max-bytes", str(len(body)), "--host", "127.0.0.2", "--port", "8001"]
+    options += ["--queue", "5"]
     main([*command, "--preset", str(file), *options])
     assert (started["host"], started["port"]) == ("127.0.0.2", 8001)
     from_file = answered(started["app"], body).json()
@@ -404,6 +530,26 @@ def test_the_command_reads_its_options(tmp_path, monkeypatch):
     assert from_file["step_scores"] != expected(Preset.from_yaml(file), "float32")
     assert from_file["rewards"] == [pytest.approx(sum(from_file["step_scores"][0]))]
     assert answered(started["app"], body + b" ").status_code == 413
+
+
+def test_the_command_hands_over_what_the_model_is_loaded_with(monkeypatch):
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: None)
+    loaded = {}
+
+    def load(model, preset, **options):
+        loaded.update(model=model, preset=preset, **options)
+        scorer = SimpleNamespace(to=lambda device: None)
+        return SimpleNamespace(preset=SimpleNamespace(kind="process", reduce="min"), scorer=scorer, score_steps=None)
+
+    monkeypatch.setattr(server, "load_reward_model", load)
+    main(["m", "--max-length", "77", "--batch-tokens", "99", "--reference", "ref"])
+    assert loaded == {
+        **{"model": "m", "preset": None, "dtype": "auto"},
+        **{"max_length": 77, "batch_tokens": 99, "log_ratio_model": "ref"},
+    }
+    loaded.clear()
+    main(["m"])
+    assert loaded == {"model": "m", "preset": None, "dtype": "auto"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,8 +566,8 @@ def test_answers_out_of_order_reach_their_completions_and_few_are_asked_at_once(
     assert 2 <= strange.hits("most at once") <= 5
 
 
-@pytest.mark.parametrize("status", [400, 404, 408, 413, 422, 429])
-def test_4xx_is_never_sent_again(strange, status):
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 501])
+def test_what_says_that_the_request_is_wrong_is_final(strange, status):
     source = process(f"{strange.url}/status/{status}", retries=3)
     with pytest.raises(RewardServerError, match=f"status {status}: because of {status}"):
         scored(source)
@@ -431,35 +577,120 @@ def test_4xx_is_never_sent_again(strange, status):
     assert strange.hits(f"/status/{status}/get_reward") == 2
 
 
-@pytest.mark.parametrize("status", [500, 502, 503])
-def test_5xx_is_sent_again_as_often_as_asked(strange, status):
-    source = process(f"{strange.url}/status/{status}", retries=2)
-    with pytest.raises(RewardServerError, match=rf"status {status}: because of {status} \(3 attempts\)"):
+def test_a_server_that_breaks_is_asked_again_as_often_as_wanted(strange):
+    source = process(f"{strange.url}/status/500", retries=2)
+    with pytest.raises(RewardServerError, match=r"status 500: because of 500 +\(3 attempt\(s\)\)"):
         scored(source)
-    assert strange.hits(f"/status/{status}/get_reward") == 3
+    assert strange.hits("/status/500/get_reward") == 3
     source.on_failure, source.retries = "none", 0
     assert scored(source) == [None] * len(PROBLEMS)
-    assert strange.hits(f"/status/{status}/get_reward") == 4
+    assert strange.hits("/status/500/get_reward") == 4
 
 
-def test_the_pause_doubles_until_the_server_recovers(strange):
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 520])
+def test_a_server_that_is_busy_or_away_is_asked_again_while_patience_lasts(strange, status):
+    source = process(f"{strange.url}/status/{status}", retries=0, patience=0.3)
     started = time.monotonic()
-    source = process(f"{strange.url}/flaky/3", retries=3, backoff=0.1)
+    with pytest.raises(RewardServerError, match=rf"status {status}: .*attempt\(s\); no answer for .*patience=0.3 s\)"):
+        scored(source)
+    assert 0.3 <= time.monotonic() - started < 10
+    assert strange.hits(f"/status/{status}/get_reward") > 3
+
+
+def without_waiting(monkeypatch):
+    """The pauses of the client, which are over at once, and a function that tells its time."""
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    def monotonic():
+        return 1000.0 + sum(pauses)
+
+    # Not the modules themselves, whose functions others use
+    monkeypatch.setattr(transport, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=monotonic, time=time.time))
+    return pauses, monotonic
+
+
+def test_the_pause_grows_and_differs_from_client_to_client(strange, monkeypatch):
+    pauses, _ = without_waiting(monkeypatch)
+    source = process(f"{strange.url}/flaky/40", backoff=1.0, patience=1200.0)
     assert scored(source) == Scorer().score_steps(PROBLEMS, STEPS)
-    assert strange.hits("/flaky/3/get_reward") == 4
-    assert time.monotonic() - started >= 0.1 + 0.2 + 0.4
+    assert strange.hits("/flaky/40/get_reward") == 41
+    longest = [min(30, 2**k) for k in range(40)]
+    assert len(pauses) == 40
+    assert all(top / 2 <= pause <= top for pause, top in zip(pauses, longest, strict=True))
+    assert len({pause / top for pause, top in zip(pauses, longest, strict=True)}) == 40
+    # By default an absence of 10 minutes is outlived, and the server is asked again within half a minute
+    waited = sum(pauses)
+    assert waited > 600 and RemoteProcessRewardModel("http://127.0.0.1:1").patience > 600
+
+
+def test_the_jitter_leaves_the_generators_of_the_training_alone(strange):
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    scored(process(f"{strange.url}/flaky/3"))
+    assert random.random() == expected
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_the_server_says_how_long_to_wait(strange, kind):
+    started = time.monotonic()
+    assert scored(process(f"{strange.url}/later/{kind}")) == Scorer().score_steps(PROBLEMS, STEPS)
+    # A date has whole seconds
+    assert time.monotonic() - started >= 1
+    assert strange.hits(f"/later/{kind}/get_reward") == 2
+
+
+def test_a_wait_that_is_longer_than_patience_is_not_begun(strange):
+    started = time.monotonic()
+    with pytest.raises(RewardServerError, match=r"status 429: .*patience=20.0 s, Retry-After 86400 s"):
+        scored(process(f"{strange.url}/later/tomorrow"))
+    assert time.monotonic() - started < 10 and strange.hits("/later/tomorrow/get_reward") == 1
+
+
+def test_a_wait_is_logged_once_then_at_intervals_and_so_is_its_end(strange, caplog, monkeypatch):
+    _, now = without_waiting(monkeypatch)
+    source = process(f"{strange.url}/flaky/30", backoff=1.0, patience=1200.0)
+    with caplog.at_level(logging.WARNING):
+        scored(source)
+    waiting = [record.getMessage() for record in caplog.records if "Waiting for it" in record.getMessage()]
+    total = now() - 1000
+    assert total / 100 < len(waiting) <= total / 60 + 1
+    assert all("status 503" in message and "/flaky/30/get_reward" in message for message in waiting)
+    assert f"answers again after {total:.0f} s" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.parametrize("how", ["slow", "trickle"])
-def test_a_slow_server_is_given_up_in_time_and_not_asked_again(strange, how):
+def test_a_slow_answer_is_cut_off_by_time(strange, how):
     started = time.monotonic()
-    source = process(f"{strange.url}/{how}", timeout=0.5)
-    with pytest.raises(RewardServerError, match=r"no answer within 0\.5 s"):
+    source = process(f"{strange.url}/{how}", timeout=0.2, patience=0.5)
+    with pytest.raises(RewardServerError, match=r"no answer within 0\.2 s"):
         scored(source)
     source.on_failure = "none"
     assert scored(source) == [None] * len(PROBLEMS)
-    assert strange.hits(f"/{how}/get_reward") == 2
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("how", ["huge", "huge_status"])
+def test_of_a_huge_answer_no_more_is_held_than_allowed(strange, how):
+    source = process(f"{strange.url}/{how}", max_answer_bytes=2**20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RewardServerError, match="more than max_answer_bytes=1048576 bytes"):
+            scored(source)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    source.on_failure = "none"
+    assert scored(source) == [None] * len(PROBLEMS)
+
+
+def test_an_answer_that_grows_when_it_is_unpacked_is_not_unpacked(strange):
+    with pytest.raises(RewardServerError, match=r"compressed \(gzip\)"):
+        scored(process(f"{strange.url}/gzip"))
 
 
 @pytest.mark.parametrize("how", [*SPOILED, "prose", "redirect"])
@@ -475,11 +706,10 @@ def test_an_answer_with_anything_but_one_score_per_step_is_not_used(strange, how
 
 def test_the_first_failure_ends_the_wait_for_the_others(strange):
     started = time.monotonic()
-    source = process(f"{strange.url}/flaky/1", retries=0, batch_size=1, concurrency=2)
-    source.timeout = 50.0
-    with pytest.raises(RewardServerError, match="status 503"):
+    source = process(f"{strange.url}/break_once", retries=0, batch_size=1, concurrency=2)
+    with pytest.raises(RewardServerError, match="status 500"):
         scored(source, ["p"] * 200, [["a"]] * 200)
-    assert strange.hits("/flaky/1/get_reward") < 100
+    assert strange.hits("/break_once/get_reward") < 100
     assert time.monotonic() - started < 10
 
 
@@ -487,11 +717,11 @@ def test_of_a_server_that_is_killed_what_it_answered_is_kept_and_nothing_else():
     problems, steps = ["p", "q", "r", "s"], [["a"], ["b", "c"], ["d"], ["e"]]
     expected = Scorer().score_steps(problems, steps)
     with running() as server:
-        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, retries=2, on_failure="none")
+        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, patience=0.5, on_failure="none")
         assert scored(source, problems, steps) == [*expected[:2], None, None]
         server.process.wait(10)
         source.on_failure = "raise"
-        with pytest.raises(RewardServerError, match=r"ConnectError.*\(3 attempts\)"):
+        with pytest.raises(RewardServerError, match="ConnectError.*patience=0.5 s"):
             scored(source, problems, steps)
 
 
@@ -499,7 +729,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_no_reward():
     problems, steps = ["p", "q", "r", "s"], [["a"], ["b", "c"], ["d"], ["e"]]
 
     async def score_while_the_server_restarts(server):
-        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, retries=8, backoff=0.1)
+        source = process(f"{server.url}/die/2", batch_size=1, concurrency=1, patience=120.0)
         waiting = asyncio.ensure_future(source.score_steps(problems, steps))
         await asyncio.to_thread(server.process.wait, 30)
         assert not waiting.done()
@@ -554,7 +784,7 @@ def test_vllm_rows_of_another_number_are_not_used(strange, tagged):
 
 @pytest.mark.parametrize("rows", [[], [[0.5, 0.5]] * 2, [[0.5, 0.5]] * 4, "base64", [0.5, 0.5, 0.5]])
 def test_vllm_rows_without_a_common_tag_must_be_those_of_all_tokens(rows):
-    request = vllm_steps(None, [7, 8, 9], [1, 2], 2, (-1,))
+    request = vllm_steps(None, [7, 8, 9], [1, 2], (-1,))
     assert request.parse({"data": [{"data": [[0.5, 0.1], [0.5, 0.2], [0.5, 0.3]]}]}) == [[0.2, 0.3]]
     with pytest.raises(RewardServerError, match=r"`data\[0\]\.data`|row of step 0"):
         request.parse({"data": [{"data": rows}]})
@@ -593,9 +823,122 @@ def test_vllm_is_asked_as_its_documentation_says(tagged):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+TEMPLATED = Tagged(prompt="Q: {problem}\n", between=" ", tag="<extra_0>")
+
+
+def test_openrlhfs_own_server_gets_text_in_the_template_of_the_model(strange, tagged):
+    """OpenRLHF's server scores `query` as it is, and its own trainer sends prompts in their template."""
+    options, _ = tagged
+    options = {**options, "protocol": "openrlhf", "rendering": TEMPLATED, "batch_size": 2}
+    source = RemoteOutcomeRewardModel(f"{strange.url}/outcomes", **options, max_length=30)
+    problems = ["p", "q", "long", "r"]
+    rewards = asyncio.run(source.score_batch(problems, ["one", "two", "x" * 40, "three"], ["1", "2", "3", "4"]))
+    # One number for each letter of the query, and the labels stay with their completions
+    queries = ["Q: p\none<extra_0>", "Q: q\ntwo<extra_0>", None, "Q: r\nthree<extra_0>"]
+    assert rewards == [query and len(query) + label for label, query in enumerate(queries, 1)]
+    sent = []
+    steps_of = RemoteProcessRewardModel("http://localhost", **options, max_length=20)
+
+    async def ask(requests):
+        sent.extend(request.payload for request in requests)
+        return [[0.5, 0.25], [0.75]]
+
+    steps_of._ask = ask
+    scores = scored(steps_of, ["p", "q", "r"], [["a", "b"], [], ["c", "d" * 20]])
+    assert scores == [[0.5, 0.25], [], [0.75, None]]
+    assert sent == [
+        {
+            "query": ["Q: p\na<extra_0> b<extra_0>", "Q: r\nc<extra_0>"],
+            "prompts": ["Q: p\n", "Q: r\n"],
+            "labels": [None, None],
+            "steps": [["a", "b"], ["c"]],
+        }
+    ]
+
+
+@pytest.mark.parametrize("end", ["", "/", "/get_reward", "/get_reward/"])
+def test_the_url_may_end_with_the_path_as_openrlhf_writes_it(real, end):
+    assert scored(process(f"{real.url}/process{end}")) == Scorer().score_steps(PROBLEMS, STEPS)
+
+
+def test_a_preset_says_how_the_served_model_is_fed_cut_and_read(tagged):
+    options, _ = tagged
+    source = process("http://localhost", protocol="vllm", preset="qwen-math-prm", tokenizer=options["tokenizer"])
+    preset = PRESETS["qwen-math-prm"]
+    assert (source.max_length, source.rendering) == (4096, preset.rendering) == (preset.max_length, source.rendering)
+    assert (source.segmentation, source.reduce, tuple(source.labels)) == (preset.segmentation, preset.reduce, (1,))
+    given_values = {"max_length": 8, "reduce": "sum", "labels": (0,), "segmentation": "newline"}
+    source = process("http://localhost", preset=preset, tokenizer=options["tokenizer"], **given_values)
+    assert (source.max_length, source.reduce, source.labels) == (8, "sum", (0,))
+    assert source.segmentation == Segmentation(by="newline")
+
+
+def test_two_sources_have_two_names_and_no_repr_shows_a_secret():
+    sources = [
+        RemoteProcessRewardModel("http://a:8000"),
+        RemoteProcessRewardModel("http://a:8001"),
+        RemoteProcessRewardModel("http://a:8000/other"),
+        RemoteOutcomeRewardModel("http://a:8000"),
+        RemoteOutcomeRewardModel("http://a:8000", model="org/rm"),
+        RemoteProcessRewardModel("http://a:8000", name="mine"),
+    ]
+    names = [source.__name__ for source in sources]
+    assert len(set(names)) == len(names) and names[0] == "RemoteProcessRewardModel-a-8000" and names[-1] == "mine"
+    assert not any("/" in name or ":" in name for name in names)
+    hidden = RemoteProcessRewardModel("http://a:8000/x?key=hidden", headers={"Authorization": "Bearer hidden"})
+    assert repr(hidden) == "RemoteProcessRewardModel('http://a:8000/x', name='RemoteProcessRewardModel-a-8000-x')"
+
+
+def test_a_proxy_of_the_environment_is_named_and_can_be_left_out(real, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    proxy = f"http://user:password@127.0.0.1:{free_port()}"
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    named = rf"ConnectError .*through the proxy {proxy.replace('user:password@', '')} of the environment; trust_env"
+    with pytest.raises(RewardServerError, match=named):
+        scored(process(f"{real.url}/process", patience=0.0))
+    assert scored(process(f"{real.url}/process", patience=0.0, on_failure="none")) == [None] * 6
+    expected = Scorer().score_steps(PROBLEMS, STEPS)
+    assert scored(process(f"{real.url}/process", trust_env=False)) == expected
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert scored(process(f"{real.url}/process")) == expected
+    monkeypatch.setenv("HTTP_PROXY", "strange://proxy")
+    monkeypatch.setenv("http_proxy", "strange://proxy")
+    with pytest.raises(ValueError, match="strange"):
+        process(f"{real.url}/process")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ProxyError,
+        httpx.ReadError,
+        httpx.WriteError,
+        httpx.PoolTimeout,
+        httpx.LocalProtocolError,
+        httpx.RemoteProtocolError,
+        httpx.DecodingError,
+        httpx.TooManyRedirects,
+        httpx.UnsupportedProtocol,
+    ],
+)
+def test_every_error_of_the_transport_is_covered(error, monkeypatch):
+    async def fail(self, request):
+        raise error("torn")
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", fail)
+    source = process("http://localhost", patience=0.0, trust_env=False)
+    with pytest.raises(RewardServerError, match=f"{error.__name__} torn"):
+        scored(source)
+    source.on_failure = "none"
+    assert scored(source) == [None] * len(PROBLEMS)
+
+
 @given(counts=st.lists(st.integers(0, 3), max_size=5), found=st.lists(st.integers(0, 3), max_size=5), data=st.data())
 def test_only_an_answer_of_the_same_shape_is_read(counts, found, data):
-    request = openrlhf_steps(["p"] * len(counts), [["s"] * count for count in counts])
+    request = openrlhf_steps([plain_query("p", ["s"] * count) for count in counts])
     number = st.none() | st.floats(0, 1)
     scores = [data.draw(st.lists(number, min_size=count, max_size=count)) for count in found]
     if counts == found:
@@ -611,7 +954,7 @@ def test_labels_come_from_the_column_that_is_named():
         asyncio.run(source(prompts=["p"], completions=["c"], completion_ids=[[1]]))
     sent = []
 
-    async def ask(path, requests):
+    async def ask(requests):
         sent.extend(request.payload for request in requests)
         return [1.0, 2.0]
 
@@ -630,6 +973,16 @@ def test_labels_come_from_the_column_that_is_named():
         ({"batch_size": 0}, "batch_size"),
         ({"retries": -1}, "retries"),
         ({"timeout": 0.0}, "timeout"),
+        ({"patience": -1.0}, "patience"),
+        ({"max_answer_bytes": 0}, "max_answer_bytes"),
+        ({"url": "http://user:hidden@localhost"}, "user name or password"),
+        ({"url": "http://"}, "names no host"),
+        ({"headers": {"X-Key": "two\nlines"}}, "header 'X-Key' is not printable"),
+        ({"api_key_env": "NO_KEY_HERE"}, "NO_KEY_HERE holds no key"),
+        ({"preset": "acemath-rm", "tokenizer": 1}, "kind 'outcome'"),
+        ({"preset": "math-shepherd", "tokenizer": 1, "protocol": "vllm"}, "say with `labels`"),
+        ({"preset": replace(PRESETS["qwen-math-prm"], mask_tags=True), "protocol": "vllm"}, "hides tags"),
+        ({"preset": "qwen-math-prm"}, "go together"),
         ({"rendering": Tagged()}, "go together"),
         ({"protocol": "vllm"}, "needs rendering and tokenizer"),
     ],

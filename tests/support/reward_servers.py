@@ -7,6 +7,8 @@ served by a process, `python -m tests.support.reward_servers PORT`, that imports
 
 import asyncio
 import collections
+import email.utils
+import gzip
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import zlib
 
 
 UNSCORED = "unscored"
+PACKED = gzip.compress(b" " * 1_000_000)
 
 
 class Scorer:
@@ -95,6 +98,25 @@ SPOILED = {
 }
 
 
+def chat_completion(asked, how, authorization):
+    """A judge that finds steps with "wrong" in them wrong; each message of 10 letters takes a token."""
+    said = asked["messages"][-1]["content"]
+    text = said if isinstance(said, str) else said[0]["text"]
+    if how == "freely":
+        answer = f"<think>Hm. \\boxed{{{'No' if 'wrong' in text else 'Yes'}}}"
+    elif how in ("prose", "echo"):
+        answer = authorization if how == "echo" else "I would rather not."
+    else:
+        data = json.loads(text)
+        verdicts = [{"step": s["step"], "critique": "", "correct": "wrong" not in s["text"]} for s in data["steps"]]
+        if how == "fewer":
+            verdicts.pop()
+        answer = json.dumps({"steps": verdicts})
+    letters = sum(len(message["content"]) for message in asked["messages"])
+    usage = {"prompt_tokens": letters // 10, "completion_tokens": 7}
+    return {"choices": [{"message": {"role": "assistant", "content": answer}}], "usage": usage}
+
+
 def strange_app():
     """`/NAME/get_reward` misbehaves as NAME says; `/hits` has the requests of each path, and the most at once."""
     from starlette.applications import Starlette
@@ -102,12 +124,21 @@ def strange_app():
     from starlette.routing import Route
 
     hits = collections.Counter()
+    questions = []
     inside = 0
 
     async def trickle():
         while True:
             yield b" "
             await asyncio.sleep(0.05)
+
+    async def cut_off():
+        yield b"{"
+        raise ConnectionError("cut off")
+
+    async def flood():
+        for _ in range(64):
+            yield b" " * 2**20
 
     def pooling(asked, how):
         """The row of position p in ids is [1 - p/1000, p/1000]."""
@@ -121,7 +152,7 @@ def strange_app():
         how, argument = request.path_params["how"], request.path_params.get("argument", "")
         asked = await request.json()
         if how == "status":
-            return Response(f"because of {argument}", int(argument))
+            return Response(f"because of {argument} {request.headers.get('authorization', '')}", int(argument))
         if how == "flaky" and number <= int(argument):
             return Response("try again", 503)
         if how == "slow":
@@ -130,7 +161,19 @@ def strange_app():
             return StreamingResponse(trickle(), media_type="application/json")
         if how == "die" and number > int(argument):
             os.kill(os.getpid(), signal.SIGKILL)
-        if how == "prose":
+        if how == "break_once" and number == 1:
+            return Response("broken", 500)
+        if how == "later" and number == 1:
+            in_two_seconds = email.utils.formatdate(time.time() + 2, usegmt=True)
+            seconds = {"seconds": "1", "date": in_two_seconds, "tomorrow": "86400"}[argument]
+            return Response("busy", 429, {"retry-after": seconds})
+        if how == "disconnect" and number == 1:
+            return StreamingResponse(cut_off(), media_type="application/json")
+        if how in ("huge", "huge_status"):
+            return StreamingResponse(flood(), 200 if how == "huge" else 503)
+        if how == "gzip":
+            return Response(PACKED, headers={"content-encoding": "gzip"})
+        if how == "prose" and "messages" not in asked:
             return Response("no json")
         if how == "redirect":
             return Response(status_code=307, headers={"location": "/good/get_reward"})
@@ -140,23 +183,34 @@ def strange_app():
             # The later a request came, the sooner it is answered
             await asyncio.sleep(max(0.01, 0.1 - 0.01 * number))
             inside -= 1
+        if request.url.path.endswith("/chat/completions"):
+            sent = {name: request.headers.get(name) for name in ("authorization", "accept-encoding")}
+            questions.append({**asked, **sent, "path": how})
+            return JSONResponse(chat_completion(asked, how, request.headers.get("authorization")))
         if how == "pooling":
             return JSONResponse(pooling(asked, argument))
         if how == "classify":
             length = len(asked["input"]) if "input" in asked else sum(len(m["content"]) for m in asked["messages"])
             return JSONResponse({"data": [{"index": 0, "label": None, "probs": [7.0, -length], "asked": asked}]})
+        if how == "outcomes":
+            pairs = zip(asked["query"], asked["labels"], strict=True)
+            return JSONResponse({"rewards": [len(query) + int(label) for query, label in pairs]})
         body = correct(asked)
         if how in SPOILED:
             SPOILED[how](body)
         return Response(json.dumps(body), media_type="application/json")
 
+    async def asked_for(request):
+        return JSONResponse([question for question in questions if question["path"] == request.path_params["how"]])
+
     async def counts(request):
         return JSONResponse(dict(hits))
 
-    ends = ("get_reward", "pooling", "classify")
+    ends = ("get_reward", "pooling", "classify", "v1/chat/completions")
     posts = [Route(f"/{{how}}/{end}", answer, methods=["POST"]) for end in ends]
     posts += [Route(f"/{{how}}/{{argument}}/{end}", answer, methods=["POST"]) for end in ends]
-    return Starlette(routes=[Route("/hits", counts), Route("/health", counts), *posts])
+    gets = {"/hits": counts, "/asked/{how}": asked_for, "/health": counts}
+    return Starlette(routes=[*(Route(path, endpoint) for path, endpoint in gets.items()), *posts])
 
 
 def real_app():

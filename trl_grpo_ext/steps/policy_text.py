@@ -32,7 +32,8 @@ def last_user_text(prompt: Any) -> str:
     if beside:
         raise ValueError(
             "the problem is the text of the prompt's last user message, which also has parts of type "
-            f"{', '.join(dict.fromkeys(beside))}; use reward functions that do not need the problem."
+            f"{', '.join(dict.fromkeys(beside))}; use reward functions that do not need the problem, "
+            "or JudgeSteps and JudgeOutcome, which give the judge a prompt's images. Reward models take text alone."
         )
     if not kinds:
         raise ValueError(

@@ -1,14 +1,14 @@
 """Reward functions that judge the texts of a completion's steps."""
 
-import asyncio
 import copy
 import functools
 import inspect
 import pkgutil
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 from .._trl import is_async_callable
+from ..concurrency import run_together
 from ..rewards.step_reductions import STEP_REDUCTIONS
 from ..rewards.types import StepRewards, check_number, is_list_like, plain
 from .extra_logs import ExtraLogs
@@ -16,8 +16,6 @@ from .named_arguments import NamedParameters, value_of_row
 from .policy_text import last_user_text, place_on_tokens, policy_steps
 from .segmentation import Segmentation, SegmentationLike, Step, as_segmentation
 
-
-_Result = TypeVar("_Result")
 
 # Characters of a step that an error shows
 _EXCERPT = 60
@@ -283,7 +281,7 @@ class AsyncStepRewardFunction(StepRewardFunction):
 
         logs = ExtraLogs(len(prompts))
         to_judge = self._to_judge(prompts, completions, completion_ids, tool_mask, columns, logs)
-        rewards = await _gather([judge(one) for one in to_judge])
+        rewards = await run_together([judge(one) for one in to_judge])
         if _LOG_EXTRA in columns:
             logs.hand_over(columns[_LOG_EXTRA])
         return rewards
@@ -310,18 +308,6 @@ def _parse(completion: _Completion, returned: Any) -> StepRewards | None:
         if value is not None:
             check_number(value, what)
     return place_on_tokens(steps, values)
-
-
-async def _gather(judgements: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """The results of coroutines that run at the same time; when one fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(judgement) for judgement in judgements]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        # A cancelled task may still have something to close
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,23 +1,27 @@
 """Reward models behind HTTP: clients of OpenRLHF's protocol and of vLLM's pooling and classification endpoints."""
 
-import asyncio
 import itertools
-import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import httpx
+from tqdm.auto import tqdm
 
+from ...concurrency import run_together
 from ...rewards.types import StepRewards
 from ...steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
 from ...steps.segmentation import Segmentation, SegmentationLike, as_segmentation
+from ..preset import Preset
+from ..presets import resolve_preset
 from ..progress import scoring_bar
+from ..readings import LabelSoftmax
 from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
     VLLM_OUTCOMES_PATH,
     VLLM_STEPS_PATH,
+    Query,
     Request,
     RewardServerError,
     Score,
@@ -25,189 +29,136 @@ from .protocols import (
     counted,
     openrlhf_outcomes,
     openrlhf_steps,
-    shown,
+    plain_query,
     vllm_outcome,
     vllm_steps,
 )
+from .transport import RemoteSource, Session
 
 
-logger = logging.getLogger(__name__)
-
-# Scoring twice changes nothing on the server, so what may have arrived can be sent again
-_CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.ProxyError)
-_CONNECT_SECONDS = 10.0
-
-
-@dataclass(kw_only=True, eq=False)
-class RemoteRewardModel:
+@dataclass(kw_only=True, eq=False, repr=False)
+class RemoteRewardModel(RemoteSource):
     """
-    What [`RemoteProcessRewardModel`] and [`RemoteOutcomeRewardModel`] share: the server and how it is asked.
+    What [`RemoteProcessRewardModel`] and [`RemoteOutcomeRewardModel`] share beside [`RemoteSource`].
 
-    A request is sent again when the connection fails or the server answers 5xx. Before attempt k + 1 the client waits
-
-        backoff * 2^(k - 1) seconds, k = 1, ..., retries
-
-    It is never sent again after 4xx, which says that the request is wrong, nor after a time-out, since that would add
-    to the load of a slow server. An answer counts only if it has exactly one score for every completion, and for every
-    step, that was asked for. Of a request that fails, no score is used.
+    An answer counts only if it has exactly one score for every completion, and for every step, that was asked for. Of
+    a request that fails, no score is used.
 
     Args:
-        url (`str`):
-            Where the server is, such as `"http://127.0.0.1:8000"`; the protocol's path is appended.
         protocol (`str`, *optional*, defaults to `"openrlhf"`):
             `"openrlhf"`, which [`~trl_grpo_ext.reward_models.remote.server`] speaks, or `"vllm"`.
-        name (`str`, *optional*):
-            Its name in logs, errors and `outcome_gate`; that of the class by default.
-        on_failure (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops the training. `"none"` logs a warning and leaves the request's completions unjudged.
-        concurrency (`int`, *optional*, defaults to `8`):
-            Requests in flight at once, per process.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds from sending a request to its full answer.
-        retries (`int`, *optional*, defaults to `3`):
-            Further attempts after the first.
-        backoff (`float`, *optional*, defaults to `0.5`):
-            Seconds before the second attempt.
         batch_size (`int`, *optional*, defaults to `16`):
             Completions per request of OpenRLHF's protocol. vLLM, which batches by itself, gets one per request.
-        headers (`dict[str, str]`, *optional*):
-            Sent with every request, such as `{"Authorization": "Bearer ..."}`.
         model (`str`, *optional*):
             vLLM: name of the served model.
-        rendering (`Tagged`, `Turns` or `Bare`, *optional*):
-            vLLM: the preset's rendering. Requests then carry ids that are made here, piece by piece, so that a tag or
-            a turn that the policy writes stays text. Without it an outcome model gets `messages`.
+        preset ([`Preset`], `str` or `os.PathLike`, *optional*):
+            The served model's preset. It gives `rendering`, `max_length` and, for steps, `segmentation`, `reduce` and
+            `labels`, where these are not given. The package's own server needs none of them: it has the preset.
+        rendering ([`~trl_grpo_ext.reward_models.rendering.Rendering`], *optional*):
+            How the served model is fed. vLLM is sent ids that are made here, piece by piece, so that a tag or a turn
+            that the policy writes stays text. Without it an outcome model on vLLM gets `messages`. OpenRLHF's own
+            server is sent their text, which it tokenizes again: there a tag that the policy writes is a tag.
         tokenizer (*optional*):
-            vLLM: the reward model's tokenizer, for `rendering`.
+            The reward model's tokenizer, for `rendering`.
         max_length (`int`, *optional*):
-            vLLM: the most tokens that `rendering` may give.
+            The most tokens that `rendering` may give.
 
     Raises:
-        ValueError: an unknown protocol, address or choice, or a number out of range.
+        ValueError: as [`RemoteSource`]; an unknown protocol, or a preset of the other kind.
     """
 
-    url: str = field(kw_only=False)
+    kind: ClassVar[str]
+    path: ClassVar[dict[str, str]]
+
     protocol: str = "openrlhf"
-    name: str | None = None
-    on_failure: str = "raise"
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 3
-    backoff: float = 0.5
     batch_size: int = 16
-    headers: dict[str, str] | None = None
     model: str | None = None
+    preset: Preset | str | os.PathLike[str] | None = None
     rendering: Any = None
     tokenizer: Any = None
     max_length: int | None = None
 
     def __post_init__(self):
-        # TRL's logs show it
-        self.__name__ = self.name or type(self).__name__
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url {self.url!r} does not start with http:// or https://.")
-        if self.protocol not in ("openrlhf", "vllm"):
-            raise ValueError(f"protocol is {self.protocol!r}; known: openrlhf, vllm.")
-        if self.on_failure not in ("raise", "none"):
-            raise ValueError(f"on_failure is {self.on_failure!r}; known: raise, none.")
-        if min(self.concurrency, self.batch_size) < 1 or min(self.retries, self.backoff) < 0:
-            raise ValueError(
-                "concurrency and batch_size must be at least 1, retries and backoff at least 0; got "
-                f"{self.concurrency}, {self.batch_size}, {self.retries}, {self.backoff}."
-            )
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout}; it must be positive.")
+        super().__post_init__()
+        if self.protocol not in self.path:
+            raise ValueError(f"protocol is {self.protocol!r}; known: {', '.join(self.path)}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        if self.preset is not None:
+            self._take_preset(resolve_preset(self.__name__, self.preset))
         if (self.rendering is None) != (self.tokenizer is None):
-            raise ValueError("rendering and tokenizer go together: the reward model's own, both or neither.")
+            raise ValueError("rendering (or preset) and tokenizer go together: the reward model's own, or neither.")
+
+    def _name_parts(self) -> list[str]:
+        return [] if self.model is None else [self.model.split("/")[-1]]
+
+    def _take_preset(self, preset: Preset) -> None:
+        if preset.kind != self.kind:
+            raise ValueError(
+                f"preset '{preset.name}' is of kind '{preset.kind}'; {type(self).__name__} needs another."
+            )
+        if self.protocol == "vllm" and preset.mask_tags:
+            raise ValueError(f"preset '{preset.name}' hides tags from attention, which vLLM cannot do.")
+        self.rendering = preset.rendering if self.rendering is None else self.rendering
+        self.max_length = preset.max_length if self.max_length is None else self.max_length
 
     def _render(self, problem: str, steps: Sequence[str]) -> Any:
         return self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
 
-    async def _post(self, client: httpx.AsyncClient, address: str, payload: dict[str, Any]) -> Any:
-        failure = ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
-            try:
-                # The time-outs of httpx are those of one packet; an answer that trickles in would never end
-                response = await asyncio.wait_for(client.post(address, json=payload), self.timeout)
-            except TimeoutError:
-                raise RewardServerError(f"no answer within {self.timeout} s.") from None
-            except _CONNECTION_ERRORS as error:
-                failure = f"{type(error).__name__} {error}"
-                continue
-            except httpx.HTTPError as error:
-                raise RewardServerError(f"{type(error).__name__} {error}") from error
-            if response.is_success:
-                return _json(response)
-            failure = f"status {response.status_code}: {shown(response.text)}"
-            if not response.is_server_error:
-                raise RewardServerError(failure)
-        raise RewardServerError(f"{failure} ({self.retries + 1} attempts)")
+    def _query(self, problem: str, steps: Sequence[str]) -> Query | None:
+        """A completion for OpenRLHF's protocol; `None` where nothing of it fits into `max_length`."""
+        if self.rendering is None:
+            return plain_query(problem, steps)
+        rendered = self._render(problem, steps)
+        if not rendered.score_positions:
+            return None
+        prompt = self.tokenizer.decode(rendered.ids[: rendered.prompt_length])
+        return Query(prompt, self.tokenizer.decode(rendered.ids), list(steps)[: len(rendered.score_positions)])
 
-    async def _ask(self, path: str, requests: Sequence[Request]) -> list[Any]:
+    async def _ask(self, requests: Sequence[Request]) -> list[Any]:
         """Send requests, at most `concurrency` at once, and return the scores of their completions in order."""
-        address = self.url.rstrip("/") + path
-        gate = asyncio.Semaphore(self.concurrency)
-        timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
 
-        bar = scoring_bar(sum(request.completions for request in requests), self.__name__, "completions")
-
-        async def answer(client: httpx.AsyncClient, request: Request) -> list[Any]:
+        async def answer(session: Session, request: Request, bar: tqdm) -> list[Any]:
             try:
-                async with gate:
-                    received = await self._post(client, address, request.payload)
+                received = await session.post(request.payload)
                 bar.update(request.completions)
                 return counted(request.parse(received), request.completions, "the answer")
             except RewardServerError as error:
-                message = f"reward server {address}, {request.completions} completion(s): {error}"
-                if self.on_failure == "raise":
-                    raise RewardServerError(message) from error
-                logger.warning("%s They stay unjudged.", message)
+                self._leave_unjudged(error, session, request.completions)
                 return [None] * request.completions
 
-        # A client belongs to one event loop, and outside the trainer every call may have its own
-        async with httpx.AsyncClient(headers=self.headers, timeout=timeout) as client:
-            tasks = [asyncio.ensure_future(answer(client, request)) for request in requests]
-            try:
-                return list(itertools.chain.from_iterable(await asyncio.gather(*tasks)))
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                bar.close()
+        with scoring_bar(sum(request.completions for request in requests), self.__name__, "completions") as bar:
+            async with self._session(self.path[self.protocol]) as session:
+                answers = await run_together([answer(session, request, bar) for request in requests])
+        return list(itertools.chain.from_iterable(answers))
 
-    async def _ask_some(self, path: str, requests: Sequence[Request | None], unasked: Sequence[Any]) -> list[Any]:
-        """[`_ask`] with one completion per request; where a request is `None`, the score is that of `unasked`."""
-        answers = iter(await self._ask(path, [request for request in requests if request is not None]))
-        return [score if request is None else next(answers) for request, score in zip(requests, unasked, strict=True)]
+    def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
 
-def _batches(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]
+def _filled(rows: Sequence[int], scores: Sequence[Any], unasked: Sequence[Any]) -> list[Any]:
+    """The scores in their rows, and in all others what those get that nothing was asked for."""
+    filled = list(unasked)
+    for row, score in zip(rows, scores, strict=True):
+        filled[row] = score
+    return filled
 
 
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError:
-        raise RewardServerError(f"the answer is not JSON: {shown(response.text)}") from None
-
-
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class RemoteProcessRewardModel(RemoteRewardModel):
     """
     A process reward model on a server, as an async reward source: the policy's steps, scored at their last tokens.
 
     Args:
-        segmentation (`Segmentation` or its argument `by`, *optional*, defaults to `Segmentation()`):
-            How completions are cut into steps.
+        segmentation (`Segmentation` or its argument `by`, *optional*):
+            How completions are cut into steps; by default as the preset says, without one at blank lines.
         policy_tokenizer (*optional*):
             The policy's tokenizer, which decodes the completions; the trainer sets it.
-        reduce (`str`, *optional*, defaults to `"min"`):
-            How the steps become one number under outcome supervision.
-        labels (`Sequence[int]`, *optional*, defaults to `(-1,)`):
-            vLLM: the positive labels of the served classification head, whose probabilities are added.
+        reduce (`str`, *optional*):
+            How the steps become one number under outcome supervision; by default as the preset says, else `"min"`.
+        labels (`Sequence[int]`, *optional*):
+            vLLM: the positive labels of the served classification head, whose probabilities are added; by default as
+            the preset says, else the last one.
 
     Example:
 
@@ -217,16 +168,33 @@ class RemoteProcessRewardModel(RemoteRewardModel):
     ```
     """
 
-    segmentation: SegmentationLike = field(default_factory=Segmentation)
+    kind: ClassVar[str] = "process"
+    path: ClassVar[dict[str, str]] = {"openrlhf": OPENRLHF_PATH, "vllm": VLLM_STEPS_PATH}
+
+    segmentation: SegmentationLike | None = None
     policy_tokenizer: Any = None
-    reduce: str = "min"
-    labels: Sequence[int] = (-1,)
+    reduce: str | None = None
+    labels: Sequence[int] | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self.segmentation = as_segmentation(self.segmentation)
+        self.segmentation = as_segmentation(Segmentation() if self.segmentation is None else self.segmentation)
+        self.reduce = "min" if self.reduce is None else self.reduce
+        self.labels = (-1,) if self.labels is None else self.labels
         if self.protocol == "vllm" and self.rendering is None:
             raise ValueError("a process reward model on vLLM needs rendering and tokenizer, which place its steps.")
+
+    def _take_preset(self, preset: Preset) -> None:
+        super()._take_preset(preset)
+        self.segmentation = preset.segmentation if self.segmentation is None else self.segmentation
+        self.reduce = preset.reduce if self.reduce is None else self.reduce
+        if self.labels is None and isinstance(preset.reading, LabelSoftmax):
+            self.labels = preset.reading.indices
+        if self.labels is None and self.protocol == "vllm":
+            raise ValueError(
+                f"preset '{preset.name}' takes its scores by {type(preset.reading).__name__}, and vLLM gives "
+                "probabilities of labels; say with `labels` which of them to add."
+            )
 
     def prepare(self, accelerator: Any, policy_tokenizer: Any, batch_tokens: int | None) -> None:
         """Take the tokenizer of the policy whose `completion_ids` will come."""
@@ -239,9 +207,8 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         tool_mask: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
-        source = f"RemoteProcessRewardModel({self.url!r})"
         segmentation = as_segmentation(self.segmentation)
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, segmentation, source)
+        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, segmentation, repr(self))
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
@@ -258,23 +225,30 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         for index, own in enumerate(steps):
             check_texts(own, f"solution {index}")
         ask = self._ask_openrlhf if self.protocol == "openrlhf" else self._ask_vllm
-        return await ask(problems, steps)
+        # Steps that did not fit, the last ones, were not asked for
+        return [
+            None if values is None else [*values, *[None] * (len(own) - len(values))]
+            for values, own in zip(await ask(problems, steps), steps, strict=True)
+        ]
 
     async def _ask_openrlhf(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
-        batches = _batches(len(problems), self.batch_size)
-        return await self._ask(OPENRLHF_PATH, [openrlhf_steps(problems[rows], steps[rows]) for rows in batches])
+        queries = [self._query(problem, own) for problem, own in zip(problems, steps, strict=True)]
+        asked = {row: query for row, query in enumerate(queries) if query is not None}
+        requests = [openrlhf_steps([asked[row] for row in rows]) for rows in self._batches(list(asked))]
+        return _filled(list(asked), await self._ask(requests), [[] for _ in steps])
 
     async def _ask_vllm(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
-        requests: list[Request | None] = []
-        for problem, own in zip(problems, steps, strict=True):
-            ids, _, score_positions = self._render(problem, own)
-            request = vllm_steps(self.model, ids, score_positions, len(own), self.labels)
+        requests = {}
+        assert self.labels is not None
+        for row, (problem, own) in enumerate(zip(problems, steps, strict=True)):
+            rendered = self._render(problem, own)
             # Without a step that fits there is nothing to ask for
-            requests.append(request if score_positions else None)
-        return await self._ask_some(VLLM_STEPS_PATH, requests, [[None] * len(own) for own in steps])
+            if rendered.score_positions:
+                requests[row] = vllm_steps(self.model, rendered.ids, rendered.score_positions, self.labels)
+        return _filled(list(requests), await self._ask(list(requests.values())), [[] for _ in steps])
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class RemoteOutcomeRewardModel(RemoteRewardModel):
     """
     An outcome reward model on a server, as an async reward source: one number per completion, as the server gives it.
@@ -284,6 +258,9 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
             OpenRLHF's protocol: the dataset's column that is sent as `labels`, for servers that compare with an
             answer.
     """
+
+    kind: ClassVar[str] = "outcome"
+    path: ClassVar[dict[str, str]] = {"openrlhf": OPENRLHF_PATH, "vllm": VLLM_OUTCOMES_PATH}
 
     label_column: str | None = None
 
@@ -307,19 +284,25 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
         """One number per solution, in order; `None` where the server gave none or the request failed."""
         check_texts(problems, "problems")
         check_texts(solutions, "solutions")
+        pairs = zip(problems, solutions, strict=True)
         if self.protocol == "vllm":
-            pairs = zip(problems, solutions, strict=True)
-            requests = [self._vllm_outcome(problem, solution) for problem, solution in pairs]
-            return await self._ask_some(VLLM_OUTCOMES_PATH, requests, [None] * len(requests))
-        labels = [None] * len(problems) if labels is None else labels
-        batches = _batches(len(problems), self.batch_size)
-        requests = [openrlhf_outcomes(problems[rows], solutions[rows], labels[rows]) for rows in batches]
-        return await self._ask(OPENRLHF_PATH, requests)
+            found = [self._vllm_outcome(problem, solution) for problem, solution in pairs]
+            asked = {row: request for row, request in enumerate(found) if request is not None}
+            requests = list(asked.values())
+        else:
+            labels = [None] * len(problems) if labels is None else labels
+            queries = [self._query(problem, [solution]) for problem, solution in pairs]
+            asked = {row: query for row, query in enumerate(queries) if query is not None}
+            requests = [
+                openrlhf_outcomes([asked[row] for row in rows], [labels[row] for row in rows])
+                for rows in self._batches(list(asked))
+            ]
+        return _filled(list(asked), await self._ask(requests), [None] * len(problems))
 
     def _vllm_outcome(self, problem: str, solution: str) -> Request | None:
         if self.rendering is None:
             chat = [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
             return vllm_outcome(self.model, messages=chat)
-        ids, _, score_positions = self._render(problem, [solution])
+        rendered = self._render(problem, [solution])
         # A solution that does not fit would be judged by its problem alone
-        return vllm_outcome(self.model, input=ids) if score_positions else None
+        return vllm_outcome(self.model, input=rendered.ids) if rendered.score_positions else None

@@ -83,46 +83,65 @@ def _number_or_none(value: Any, what: str) -> float | None:
     return None if value is None else _number(value, what)
 
 
-def openrlhf_steps(problems: Sequence[str], steps: Sequence[Sequence[str]]) -> Request:
+class Query(NamedTuple):
+    """
+    A completion as OpenRLHF's protocol sends it.
+
+    Args:
+        prompt (`str`):
+            The problem, in the template of the reward model where one is known.
+        query (`str`):
+            The prompt followed by the completion.
+        steps (`Sequence[str]`):
+            The steps that the query holds.
+    """
+
+    prompt: str
+    query: str
+    steps: Sequence[str]
+
+
+def plain_query(problem: str, steps: Sequence[str]) -> Query:
+    """The query of a server that brings problem and steps into its model's form by itself."""
+    return Query(problem, problem + "\n\n".join(steps), steps)
+
+
+def openrlhf_steps(queries: Sequence[Query]) -> Request:
     """
     A request of OpenRLHF's protocol, extended by steps.
 
     Args:
-        problems (`Sequence[str]`):
-            The problem of each completion.
-        steps (`Sequence[Sequence[str]]`):
-            The steps of each completion.
+        queries (`Sequence[Query]`):
+            The completions.
 
     Returns:
         [`Request`]: the answer's `step_scores` must have one number or null for each step.
     """
     payload = {
-        "query": [problem + "\n\n".join(own) for problem, own in zip(problems, steps, strict=True)],
-        "prompts": list(problems),
-        "labels": [None] * len(problems),
-        "steps": [list(own) for own in steps],
+        "query": [query.query for query in queries],
+        "prompts": [query.prompt for query in queries],
+        "labels": [None] * len(queries),
+        "steps": [list(query.steps) for query in queries],
     }
 
     def parse(answer: Any) -> list[StepScores]:
         scores: list[StepScores] = []
-        listed = counted(_entry(answer, "step_scores"), len(problems), "`step_scores`")
-        for row, (values, own) in enumerate(zip(listed, steps, strict=True)):
+        listed = counted(_entry(answer, "step_scores"), len(queries), "`step_scores`")
+        for row, (values, query) in enumerate(zip(listed, queries, strict=True)):
             where = f"`step_scores[{row}]`"
-            values = counted(values, len(own), where)
+            values = counted(values, len(query.steps), where)
             scores.append([_number_or_none(value, f"{where}[{step}]") for step, value in enumerate(values)])
         return scores
 
-    return Request(payload, len(problems), parse)
+    return Request(payload, len(queries), parse)
 
 
-def openrlhf_outcomes(problems: Sequence[str], solutions: Sequence[str], labels: Sequence[Any]) -> Request:
+def openrlhf_outcomes(queries: Sequence[Query], labels: Sequence[Any]) -> Request:
     """
     A request of OpenRLHF's protocol.
 
     Args:
-        problems (`Sequence[str]`):
-            The problem of each completion.
-        solutions (`Sequence[str]`):
+        queries (`Sequence[Query]`):
             The completions.
         labels (`Sequence[Any]`):
             What the server may compare each completion with.
@@ -131,16 +150,16 @@ def openrlhf_outcomes(problems: Sequence[str], solutions: Sequence[str], labels:
         [`Request`]: the answer's `rewards` must have one number or null for each completion.
     """
     payload = {
-        "query": [problem + solution for problem, solution in zip(problems, solutions, strict=True)],
-        "prompts": list(problems),
+        "query": [query.query for query in queries],
+        "prompts": [query.prompt for query in queries],
         "labels": list(labels),
     }
 
     def parse(answer: Any) -> list[Score]:
-        values = counted(_entry(answer, "rewards"), len(problems), "`rewards`")
+        values = counted(_entry(answer, "rewards"), len(queries), "`rewards`")
         return [_number_or_none(value, f"`rewards[{row}]`") for row, value in enumerate(values)]
 
-    return Request(payload, len(problems), parse)
+    return Request(payload, len(queries), parse)
 
 
 def _vllm_payload(model: str | None, **content: Any) -> dict[str, Any]:
@@ -148,7 +167,7 @@ def _vllm_payload(model: str | None, **content: Any) -> dict[str, Any]:
 
 
 def vllm_steps(
-    model: str | None, ids: Sequence[int], score_positions: Sequence[int], steps: int, labels: Sequence[int]
+    model: str | None, ids: Sequence[int], score_positions: Sequence[int], labels: Sequence[int]
 ) -> Request:
     """
     A request of vLLM's token classification of one rendered completion.
@@ -163,8 +182,6 @@ def vllm_steps(
             The rendered completion.
         score_positions (`Sequence[int]`):
             Index into `ids` of each step's score.
-        steps (`int`):
-            Number of steps. The last ones, for which truncation left no score position, get `None`.
         labels (`Sequence[int]`):
             The labels whose probabilities are added.
 
@@ -185,8 +202,10 @@ def vllm_steps(
         rows = _entry(counted(_entry(answer, "data"), 1, "`data`")[0], "data")
         positions = everywhere if isinstance(rows, list) and len(rows) == len(ids) else tagged
         row_at = dict(zip(positions, counted(rows, len(positions), "`data[0].data`"), strict=True))
-        scored = [parse_row(row_at[position], f"the row of step {k}") for k, position in enumerate(score_positions)]
-        return [[*scored, *[None] * (steps - len(scored))]]
+        scored: StepScores = [
+            parse_row(row_at[position], f"the row of step {k}") for k, position in enumerate(score_positions)
+        ]
+        return [scored]
 
     return Request(_vllm_payload(model, input=list(ids), task="token_classify"), 1, parse)
 
