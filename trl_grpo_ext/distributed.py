@@ -3,11 +3,17 @@
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import is_initialized
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ._trl import SyncRefModelCallback, maybe_gather_lm_head_ctx
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all; `True` where no trainer or accelerator has been made."""
+    return not is_initialized() or PartialState().is_main_process
 
 
 def gather(accelerator: Accelerator, values_B: torch.Tensor) -> torch.Tensor:

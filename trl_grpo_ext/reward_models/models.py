@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens
-from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
-from ..steps.segmentation import Segmentation, SegmentationLike, as_segmentation, segment, split_text
+from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps, policy_texts
+from ..steps.segmentation import SegmentationLike, as_segmentation, segment, split_text
 from .backbone import Scorer
 from .base import RewardModel
 from .checkpoint import Checkpoint
@@ -32,9 +32,12 @@ class ProcessRewardModel(RewardModel):
         scorer, tokenizer, preset, name, max_length:
             As in [`RewardModel`]; [`~RewardModel.from_pretrained`] loads them.
         segmentation ([`Segmentation`] or its argument `by`, *optional*):
-            How completions are split; the preset's by default.
+            How completions are split, and which part of them is judged; the preset's by default.
         policy_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the policy, which decodes `completion_ids`. The trainer sets it.
+
+    What is out of the segmentation's scope is no part of the model's input. So with `scope="answer"` thinking takes
+    none of the positions that the steps of the answer need.
 
     Example:
 
@@ -120,12 +123,13 @@ class ProcessRewardModel(RewardModel):
         return scores
 
     def split(self, solution: str) -> list[str]:
-        """Steps of a solution that is text, by `segmentation`; tokens are those of the reward model."""
-        by = self.segmentation.by
-        if by != "tokens" and self.segmentation == Segmentation(by=by):
-            return [solution[start:end].strip() for start, end in split_text(solution, by)]
+        """Steps of a solution that is text, by `segmentation` and in its scope; tokens are the reward model's."""
+        own = self.segmentation
+        if own.by != "tokens" and own.min_step_tokens == 1 and own.max_steps is None:
+            parts = [solution[start:end] for start, end in own.in_scope(solution)]
+            return [part[start:end].strip() for part in parts for start, end in split_text(part, own)]
         aligned = align_tokens(self.tokenizer, encode_text(self.tokenizer, solution))
-        return [step.text for step in segment(aligned, self.segmentation)]
+        return [step.text for step in segment(aligned, own)]
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[list[float | None]]:
         """
@@ -150,6 +154,7 @@ class ProcessRewardModel(RewardModel):
         *,
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         """
@@ -158,7 +163,9 @@ class ProcessRewardModel(RewardModel):
         The outputs of tools are not read: the solution is what the policy wrote, its turns one after the other.
         """
         source = f"process reward model '{self.name}'"
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source)
+        steps = policy_steps(
+            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source, prompts, prompt_ids
+        )
         problems = [last_user_text(prompt) for prompt in prompts]
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]

@@ -196,7 +196,7 @@ class RemoteProcessRewardModel(RemoteRewardModel):
 
     Args:
         segmentation (`Segmentation` or its argument `by`, *optional*, defaults to `Segmentation()`):
-            How completions are cut into steps.
+            How completions are cut into steps, and which part of them has steps.
         policy_tokenizer (*optional*):
             The policy's tokenizer, which decodes the completions; the trainer sets it.
         reduce (`str`, *optional*, defaults to `"min"`):
@@ -232,11 +232,13 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         prompts: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         source = f"RemoteProcessRewardModel({self.url!r})"
         segmentation = as_segmentation(self.segmentation)
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, segmentation, source)
+        tokenizer = self.policy_tokenizer
+        steps = policy_steps(tokenizer, completion_ids, tool_mask, segmentation, source, prompts, prompt_ids)
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
