@@ -18,7 +18,7 @@ from .presets import find_preset, resolve_preset
 
 
 # Options that have nothing to do with the weights, which a reward model that shares another one's weights has too
-_BESIDE_WEIGHTS = ("batch_tokens", "max_length")
+_BESIDE_WEIGHTS = ("batch_tokens", "max_length", "segmentation")
 
 
 def load_reward_model(

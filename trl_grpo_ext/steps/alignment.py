@@ -105,7 +105,7 @@ class _Windows:
         self.text = decode(ids)
 
     def ends_from(self, starts: list[int], reached: int) -> list[int]:
-        """The ends of the tokens of the window that begins at `starts[-1]`, where `reached` characters are complete."""
+        """The ends of a window's tokens, from `starts[-1]` on, before which `reached` characters are complete."""
         start = starts[-1]
         size = _WINDOW
         while size <= _LONGEST_WINDOW:

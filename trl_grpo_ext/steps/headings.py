@@ -12,7 +12,7 @@ _BOLD_TITLE = re.compile(r"[ \t>]*(\*\*|__)[^*_\d=.!?。:：]+[:：]?\1[:：]?\s
 _BOLD = re.compile(r"[ \t>]*\*\*(?P<inner>[^*]+)\*\*[:：]?\s*")
 
 
-def says_something(piece: str) -> bool:
+def says_something(piece: str, by_number: bool = False) -> bool:
     """
     Whether a piece of a text says something by itself.
 
@@ -22,12 +22,16 @@ def says_something(piece: str) -> bool:
     Args:
         piece (`str`):
             One or more lines.
+        by_number (`bool`, *optional*, defaults to `False`):
+            Whether steps are those that have numbers. Then `### Step 3: Add them up` is all that such a step says.
     """
-    return not all(_is_heading(line) for line in piece.split("\n"))
+    return not all(_is_heading(line, by_number) for line in piece.split("\n"))
 
 
-def _is_heading(line: str) -> bool:
-    if _SYMBOLS.fullmatch(line) or _HEADING.fullmatch(line) or is_label(line) or _BOLD_TITLE.fullmatch(line):
+def _is_heading(line: str, by_number: bool) -> bool:
+    if _SYMBOLS.fullmatch(line) or is_label(line):
         return True
     bold = _BOLD.fullmatch(line)
-    return bold is not None and begins_with_label(bold["inner"])
+    if _HEADING.fullmatch(line) or (bold and begins_with_label(bold["inner"])):
+        return not (by_number and begins_with_label(line))
+    return _BOLD_TITLE.fullmatch(line) is not None

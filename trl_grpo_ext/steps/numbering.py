@@ -22,13 +22,16 @@ STEP_WORDS = (
     *("步骤", "步驟", "ステップ", "手順", "단계", "الخطوة", "خطوة", "चरण"),
 )
 _NUMBER = r"(?:\d{1,3}|[一二三四五六七八九十]{1,3})"
-_LABEL = rf"(?:(?:{'|'.join(STEP_WORDS)})[ \t]*[#(（-]?[ \t]*{_NUMBER}|第[ \t]*{_NUMBER}[ \t]*步|\d{{1,3}}[ \t]*단계)(?!\d|[.．]\d)"
+_CHINESE = rf"第[ \t]*{_NUMBER}[ \t]*步"
+_WORD = rf"(?:{'|'.join(STEP_WORDS)})[ \t]*(?:[#(（-][ \t]*)?{_NUMBER}"
+_LABEL = rf"(?:{_WORD}|{_CHINESE}|\d{{1,3}}[ \t]*단계)(?!\d|[.．]\d)"
 # Headings, quotes, bold and bullets, and the marks of the direction of writing
 _MARKS = r"[#>*_•\u200e\u200f \t-]*"
 _END = r"(?:[*_ \t]*(?:[:：.．、)）]|[-–—]+[ \t]|\r?$))"
 
 _WORDED = re.compile(
-    rf"^{_MARKS}{_LABEL}{_END}|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}", re.IGNORECASE | re.MULTILINE
+    rf"^{_MARKS}{_LABEL}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",
+    re.IGNORECASE | re.MULTILINE,
 )
 _NUMBERED = re.compile(
     rf"^(?P<before>{_MARKS}[(（\[]?)(?P<number>\d{{1,3}})(?P<after>[*_]*(?:[.．:：、)）\]](?!\d)|-(?=[ \t])))",

@@ -154,24 +154,20 @@ def _steps_of_turns(
         text_before = policy_tokenizer.decode(ids[max(start - _TAG_TOKENS, 0) : start]) if start else before
         is_open = opens_thinking(text_before, tags)
         if segmentation.scope is None and segmentation.find_thinking(aligned.text, is_open):
-            _warn_of_thinking(source)
+            warn_of_thinking(source)
         for text, last_token in segment(aligned, segmentation, is_open):
             steps.append(Step(text, start + last_token))
     return join_turns(steps, segmentation)
 
 
-def _warn_of_thinking(source: str) -> None:
+def warn_of_thinking(source: str) -> None:
+    """Say once that a source judges thinking, where its segmentation does not say that it should."""
     if is_main_process():
         logger.warning_once(
-            f"{source}: a completion holds thinking, which is judged as steps, before the answer. Set the scope of "
-            "its segmentation: Segmentation(scope='answer') leaves thinking out, 'thinking' the answer, and 'all' "
-            "judges both without this warning. This is said once."
+            f"{source}: a completion holds thinking, which is judged with the answer. Say what is to be judged by the "
+            "scope of the segmentation: Segmentation(scope='answer') leaves thinking out, 'thinking' leaves the "
+            "answer out, and 'all' judges both without this warning. This is said once."
         )
-
-
-def policy_texts(steps_of_rows: Sequence[Sequence[Step]]) -> list[str]:
-    """What completions say in scope, their steps joined by blank lines; `""` for one without steps."""
-    return ["\n\n".join(step.text for step in steps) for steps in steps_of_rows]
 
 
 def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:

@@ -182,7 +182,7 @@ def _parse_tags(thinking: Any) -> tuple[tuple[str, str], ...]:
     for pair in thinking if is_list_like(thinking) else [thinking]:
         if not is_list_like(pair) or [type(tag) for tag in pair] != [str, str]:
             raise TypeError(
-                f"Segmentation: thinking holds {pair!r}; expected pairs of an opening and a closing tag, or a callable."
+                f"Segmentation: thinking holds {pair!r}; expected an opening and a closing tag. Or give a callable."
             )
         opening, closing = pair
         if not opening.strip() or not closing.strip() or opening == closing:
@@ -254,12 +254,16 @@ def _spans(text: str, cuts: Iterable[int]) -> list[Span]:
     return [Span(start, end) for start, end in pairwise([0, *kept])]
 
 
-def _with_headings(text: str, spans: Sequence[Span], tags: tuple[tuple[str, str], ...]) -> list[Span]:
+def _with_headings(text: str, spans: Sequence[Span], segmentation: Segmentation) -> list[Span]:
     """The spans, each of those that say nothing joined with the next one, and at the end with the one before."""
+    tags = segmentation.tags
+    by_number = segmentation.by == "step_number"
     joined: list[Span] = []
     start = 0
+    has_tags = without_tags(text, tags) != text
     for span in spans:
-        if says_something(without_tags(text[span.start : span.end], tags)):
+        piece = text[span.start : span.end]
+        if says_something(without_tags(piece, tags) if has_tags else piece, by_number):
             joined.append(Span(start, span.end))
             start = span.end
     if spans and start < spans[-1].end:
@@ -294,7 +298,7 @@ def split_text(text: str, segmentation: Segmentation) -> list[Span]:
     if by not in _NAMED:
         return _spans(text, [match.end() for match in _pattern(by).finditer(text)])
     spans = _spans(text, outside(_NAMED[by](text), protected_spans(text)))
-    return _with_headings(text, spans, segmentation.tags) if segmentation.join_headings else spans
+    return _with_headings(text, spans, segmentation) if segmentation.join_headings else spans
 
 
 def segment(aligned: AlignedText, segmentation: Segmentation, is_open: bool = False) -> list[Step]:

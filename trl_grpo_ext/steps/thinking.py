@@ -7,7 +7,7 @@ A turn is thinking
 |---|---|---|
 | an opening tag and its closing tag | the opening tag | the end of the closing tag |
 | a closing tag first, because the prompt has opened thinking | the start of the turn | the end of the closing tag |
-| an opening tag first, which is never closed, as where the completion is cut off | the opening tag | the end of the turn |
+| an opening tag first that is never closed, as in a turn that is cut off | the opening tag | the end of the turn |
 | no tag, where the prompt has opened thinking | the start of the turn | the end of the turn |
 
 and all else is the answer. Any other tag is text: a closing tag after thinking is over, and an opening tag in the
