@@ -1,6 +1,7 @@
 """Steps of generated completions: what splits, what does not, and the token that ends each step."""
 
 import re
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -369,3 +370,58 @@ def test_a_callable_may_return_any_list_of_indices(ends):
 def test_a_callable_whose_ends_decrease_or_leave_the_text_is_refused(ends):
     with pytest.raises(ValueError, match=rf"ends\[{len(ends) - 1}\] = {ends[-1]} after .* 3 characters"):
         split_text("abc", Segmentation(lambda text: ends))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts in the shapes of real files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_stray_display_delimiter_in_an_answer_of_31_steps():
+    steps = [f"Line {k}: so\n$$\na_{k} = {k}\n$$" if k % 2 else f"Then a_{k} costs \\${k}." for k in range(31)]
+    for place in range(0, 31, 5):
+        broken = [step + " $$" if k == place else step for k, step in enumerate(steps)]
+        assert steps_of("\n\n".join(broken)) == broken
+    # A policy that would make one step of all
+    assert len(steps_of("$$\n\n" + "\n\n".join(steps) + "\n\n$$")) == 31
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["Plan.", "Here is the code: ```python\nx = 1\n\nprint(x)\n```", "It prints 1.", "So\n```\n1\n```", "Done."],
+        ["Plan.", "- Run ```python\n  x = 1\n\n  y = 2\n  ```", "- Then", "```\nz\n\nw\n```", "so", "End."],
+        ["1. First:\n   ```python\n   x = 1\n\n   y = 2\n   ```", "2. Then", "3. Last ```sh\nls\n\nls\n```", "End"],
+        ["> ```\n> a\n>\n> b\n> ```", "Text", "```python title=a.py\nx\n\ny\n```", "```{.python}\nx\n\ny\n```"],
+        ["Never closed: ```python\nx = 1", "a", "```python\ny = 2\n\nz = 3\n```", "b", "~~~\nq", "c"],
+        ["```python\nprint(1)```", "a", "b", "```python\nx\n\ny\n```"],
+    ],
+    ids=["after text", "in a list", "numbered", "quoted", "unclosed", "closed in a line"],
+)
+def test_code_in_the_shapes_that_policies_write(steps):
+    assert steps_of("\n\n".join(steps)) == steps
+    assert steps_of("\r\n\r\n".join(step.replace("\n", "\r\n") for step in steps)) == [
+        step.replace("\n", "\r\n") for step in steps
+    ]
+
+
+def test_a_longer_fence_closes_nothing_and_holds_shorter_ones():
+    assert steps_of("```\na\n\nb\n````\n\nc") == ["```\na", "b\n````", "c"]
+    whole = "````markdown\n```python\nx\n\ny\n```\n\ntext\n````"
+    assert steps_of(f"a\n\n{whole}\n\nb") == ["a", whole, "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["$$\n\n" * 20_000, "```\n\n" * 20_000, "```a\n\n" * 20_000, "``` " * 25_000, "x" * 50_000 + "``` " * 10_000]
+    + ["\\begin{a}" * 10_000, "\\[" * 50_000, "```x " + "a=b=c " * 15_000 + "`", "step" + " " * 100_000, "-" * 100_000]
+    + ["1. a\n" * 20_000, "**a" * 30_000, "\n" * 100_000, " \n" * 50_000, "<think>" * 15_000, "</think>\n\n" * 10_000]
+    + ["".join("`" * k + "\nx\n\n" for k in range(3, 400)), "## a\n\n" * 20_000, "---\n" * 25_000],
+    ids=lambda text: repr(text[:6]) + repr(text[-4:]),
+)
+def test_text_that_would_take_quadratic_time(text):
+    start = time.process_time()
+    for by in ("blank_line", "newline", "step_number"):
+        segment(one_token_each(text), Segmentation(by, scope="answer"))
+    # Linear time is below a second; the square of 100,000 would be hours
+    assert time.process_time() - start < 10
