@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.hub_folders import WIDTH, llama_tokenizer, load_tokenizer, missing_packages, save_hub_folder
+from tests.support.hub_folders import (
+    WIDTH,
+    byte_tokenizer,
+    llama_tokenizer,
+    load_tokenizer,
+    missing_packages,
+    save_hub_folder,
+)
 from trl_grpo_ext.reward_models import base
 from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
@@ -531,7 +538,7 @@ def test_thinking_out_of_scope_takes_no_room_from_the_answer(shepherd):
     # Thinking, which comes first, would take all of it
     assert plain.score(PROBLEM, [THOUGHT + answer])[0][-2:] == [None, None]
     # On the policy's tokens
-    policy = scoped.policy_tokenizer = hub_folders.byte_tokenizer()
+    policy = scoped.policy_tokenizer = byte_tokenizer()
     thought, ids = (policy.encode(text, add_special_tokens=False) for text in (THOUGHT, THOUGHT + answer))
     (rewards,) = scoped(prompts=[PROBLEM], completion_ids=[ids])
     assert rewards == StepRewards([len(thought) + len("3 * 4 = 12\n") - 1, len(ids) - 1], pytest.approx(alone))
@@ -548,7 +555,7 @@ def test_an_outcome_model_reads_what_is_in_scope(folders):
     (alone,) = model.score(PROBLEM, [answer])
     assert model.score(PROBLEM, [THOUGHT + answer, THOUGHT[:50]]) == [pytest.approx(alone), None]
     assert OutcomeRewardModel.from_pretrained(name, weights_of=model).score(PROBLEM, [answer]) == [alone]
-    policy = model.policy_tokenizer = hub_folders.byte_tokenizer()
+    policy = model.policy_tokenizer = byte_tokenizer()
     texts = [THOUGHT + answer, THOUGHT[:50], answer]
     given = model(
         prompts=[PROBLEM] * 3,

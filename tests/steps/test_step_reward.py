@@ -69,7 +69,7 @@ PROSE = [
     "Ответ: [4]",
     "The answer is 10",
 ]
-WHOLE = ["\\[\nx^2 = 9\n\\]", "$$\na\n\n= b\n$$", "```python\na = 1\n\n\nb = 2\n```", "so \\[x\\]: y"]
+WHOLE = ["\\[\nx^2 = 9\n\\]", "$$\na\n= b\n$$", "```python\na = 1\n\n\nb = 2\n```", "so \\[x\\]: y"]
 SEPARATORS = {"blank_line": ["\n\n", "\n \n", "\n\n\n"], "newline": ["\n", "\n\n"]}
 
 

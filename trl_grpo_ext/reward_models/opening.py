@@ -117,7 +117,8 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
 def _check_classifier(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
     """Raise `ValueError` if TRL, loading the model, would draw some of its weights at random."""
     # No weights are read for the meta device
-    options = {**loading, **checkpoint.base_location, "num_labels": 1, "output_loading_info": True}
+    beside = {name: value for name, value in loading.items() if name not in _BESIDE_WEIGHTS}
+    options = {**beside, **checkpoint.base_location, "num_labels": 1, "output_loading_info": True}
     options["device_map"] = "meta"
     with whole_on_every_process():
         _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(checkpoint.base_name, **options))
