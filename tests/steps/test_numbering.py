@@ -70,6 +70,7 @@ def test_chinese_numerals():
         "2024. It was so\n2025. It was not",
         "12. March\n13. March",
         "1. Only one point",
+        "Text\n1. Only one point",
         "3. three\n4. four",
         "1. one\n3. three",
         "1:30 to\n2:45",
