@@ -44,6 +44,7 @@ PURE = [
     "rewards/gating.py",
     "rewards/step_reductions.py",
     "rewards/transforms.py",
+    "rewards/turns.py",
     "tables.py",
     "rewards/types.py",
 ]

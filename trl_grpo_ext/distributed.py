@@ -3,11 +3,17 @@
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ._trl import SyncRefModelCallback, maybe_gather_lm_head_ctx
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all, also where no accelerator has been made."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def gather(accelerator: Accelerator, values_B: torch.Tensor) -> torch.Tensor:

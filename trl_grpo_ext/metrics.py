@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+
+from .rewards.turns import turn_indices
 
 
 # Later turns of a completion have no metric of their own
@@ -69,13 +70,6 @@ def step_metrics(
         metrics[f"rewards/{name}/steps"] = counts_N[has_any_N].double().mean().item()
         metrics[f"rewards/{name}/tokens_per_step"] = (tokens_N / counts_N)[has_any_N].mean().item()
     return metrics
-
-
-def turn_indices(mask_NT: torch.Tensor) -> torch.Tensor:
-    """For each loss token the index of its turn, a maximal run of loss tokens; -1 for other tokens, `(N, T)`."""
-    mask_NT = mask_NT.bool()
-    starts_NT = mask_NT & ~F.pad(mask_NT[:, :-1], (1, 0))
-    return (starts_NT.cumsum(1) - 1).where(mask_NT, -1)
 
 
 def turn_metrics(

@@ -215,10 +215,11 @@ class GRPOExtTrainer(CreditTrainer):
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
-        _, completion_ids, tool_mask, _, _, extra_fields, *_ = generated
+        prompt_ids, completion_ids, tool_mask, _, _, extra_fields, *_ = generated
         check_tool_mask(tool_mask, completion_ids, extra_fields)
         # A rollout function may return tensors
         self._tool_mask = plain(tool_mask)
+        self._prompt_ids = plain(prompt_ids)
         return generated
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -232,6 +233,7 @@ class GRPOExtTrainer(CreditTrainer):
         self._step_warnings = StepWarnings(self.args.supervision == "outcome")
         # Of the batch that is being scored
         self._tool_mask: list[list[int]] | None = None
+        self._prompt_ids: list[list[int]] | None = None
         self._scored: _Scored | None = None
         self._first_completion = ""
         self._prepare_sources()
@@ -253,7 +255,7 @@ class GRPOExtTrainer(CreditTrainer):
         return [
             source
             if isinstance(source, nn.Module)
-            else wrap_source(source, name, transform, is_outcome, self._tool_mask)
+            else wrap_source(source, name, transform, is_outcome, self._tool_mask, self._prompt_ids)
             for source, name, transform in sources
         ]
 

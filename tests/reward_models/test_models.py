@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.hub_folders import WIDTH, llama_tokenizer, load_tokenizer, missing_packages, save_hub_folder
+from tests.support.hub_folders import (
+    WIDTH,
+    byte_tokenizer,
+    llama_tokenizer,
+    load_tokenizer,
+    missing_packages,
+    save_hub_folder,
+)
 from trl_grpo_ext.reward_models import base
 from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
@@ -511,6 +518,51 @@ def test_truncation_keeps_the_question_and_leaves_whole_last_steps_unscored(shep
     # Some releases of transformers would put a beginning-of-sequence id first
     ids = short.tokenizer.encode("12", add_special_tokens=False)
     assert short(prompts=[PROBLEM], completion_ids=[ids]) == [StepRewards([len(ids) - 1], [None])]
+
+
+THOUGHT = "<think>\n" + "So 3 * 4 is 12.\n\n" * 20 + "</think>\n\n"
+
+
+def test_thinking_out_of_scope_takes_no_room_from_the_answer(shepherd):
+    answer = "3 * 4 = 12\n2 + 12 = 14"
+    options = {"weights_of": shepherd, "tokenizer": shepherd.tokenizer, "max_length": 80}
+    scoped = ProcessRewardModel.from_pretrained(
+        shepherd.name, segmentation={"by": "newline", "scope": "answer"}, **options
+    )
+    plain = ProcessRewardModel.from_pretrained(
+        shepherd.name, segmentation={"by": "newline", "scope": "all"}, **options
+    )
+    (alone,) = scoped.score(PROBLEM, [answer])
+    assert None not in alone and len(alone) == 2
+    assert scoped.score(PROBLEM, [THOUGHT + answer]) == [pytest.approx(alone)]
+    # Thinking, which comes first, would take all of it
+    assert plain.score(PROBLEM, [THOUGHT + answer])[0][-2:] == [None, None]
+    # On the policy's tokens
+    policy = scoped.policy_tokenizer = byte_tokenizer()
+    thought, ids = (policy.encode(text, add_special_tokens=False) for text in (THOUGHT, THOUGHT + answer))
+    (rewards,) = scoped(prompts=[PROBLEM], completion_ids=[ids])
+    assert rewards == StepRewards([len(thought) + len("3 * 4 = 12\n") - 1, len(ids) - 1], pytest.approx(alone))
+    # Cut off while the policy thinks; the template has opened thinking
+    cut_off = policy.encode("So 3 * 4 is 12.", add_special_tokens=False)
+    prompt_ids = [policy.encode("<|im_start|>assistant\n<think>\n", add_special_tokens=False)]
+    assert scoped(prompts=[PROBLEM], completion_ids=[cut_off], prompt_ids=prompt_ids) == [StepRewards([], [])]
+
+
+def test_an_outcome_model_reads_what_is_in_scope(folders):
+    name = str(folders("sequence-classification"))
+    model = OutcomeRewardModel.from_pretrained(name, segmentation={"scope": "answer"})
+    answer = "3 * 4 = 12\n\n2 + 12 = 14"
+    (alone,) = model.score(PROBLEM, [answer])
+    assert model.score(PROBLEM, [THOUGHT + answer, THOUGHT[:50]]) == [pytest.approx(alone), None]
+    assert OutcomeRewardModel.from_pretrained(name, weights_of=model).score(PROBLEM, [answer]) == [alone]
+    policy = model.policy_tokenizer = byte_tokenizer()
+    texts = [THOUGHT + answer, THOUGHT[:50], answer]
+    given = model(
+        prompts=[PROBLEM] * 3,
+        completions=["not read"] * 3,
+        completion_ids=[[*policy.encode(text, add_special_tokens=False), policy.eos_token_id] for text in texts],
+    )
+    assert given == [pytest.approx(alone), None, pytest.approx(alone)]
 
 
 def test_batches_by_tokens_equal_one_by_one_and_keep_their_bound(shepherd):

@@ -11,7 +11,7 @@ from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completio
 from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel, step_reward
 from trl_grpo_ext.reward_models import checkpoint, presets, progress
 from trl_grpo_ext.reward_models import opening as opening_module
-from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_model
+from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_model, open_reward_models
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel
 from trl_grpo_ext.steps.segmentation import Segmentation
 
@@ -174,6 +174,48 @@ def test_a_second_trainer_brings_its_own_policys_tokenizer(tiny_model, prm_folde
         )
         assert model.policy_tokenizer is trainer._tokenizer
         trainer.train()
+
+
+def test_the_options_of_all_reward_models_may_hold_a_scope(tiny_model, prm_folder, tmp_path):
+    classifier = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
+    options = {"segmentation": {"by": "newline", "scope": "answer"}}
+    opened = open_reward_models([prm_folder, prm_folder, classifier], options)
+    assert [model.segmentation for model in opened[:2]] == [Segmentation("newline", scope="answer")] * 2
+    assert opened[0].scorer.backbone is opened[1].scorer.backbone
+    # TRL loads and feeds it
+    assert opened[2] == classifier
+
+
+def test_the_prompt_s_ids_say_that_it_has_opened_thinking(tiny_model, prm_folder, tmp_path):
+    seen = []
+
+    def judge(completions, completion_ids, prompt_ids, **columns):
+        seen.append((columns["prompts"], prompt_ids))
+        return [0.0] * len(completions)
+
+    @step_reward(by=Segmentation(by="turn", scope="answer", thinking=[["ab", "z"]]))
+    def steps_of(prompt, steps):
+        found.add(prompt)
+        return [1.0] * len(steps)
+
+    found = set()
+    closing = [tiny_tokenizer().convert_tokens_to_ids(token) for token in ("z", "<eos>")]
+    trainer = make_trainer(
+        GRPOExtTrainer,
+        tiny_model,
+        [judge, steps_of],
+        tmp_path,
+        supervision="process",
+        per_device_train_batch_size=4 * len(PROMPTS),
+        max_steps=1,
+        generation_kwargs={"suppress_tokens": closing},
+    )
+    trainer.train()
+    ((prompts, prompt_ids),) = seen
+    assert {"ab", "cd"} <= set(prompts)
+    assert prompt_ids == [trainer._tokenizer(prompt)["input_ids"] for prompt in prompts]
+    # What follows an opening tag at the end of a prompt is thinking until it is closed, and has no steps to judge
+    assert found == set(prompts) - {"ab"}
 
 
 def prepared_for(source, trainer):

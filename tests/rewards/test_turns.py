@@ -13,7 +13,7 @@ from trl_grpo_ext import StepRewards, TurnRewards
 from trl_grpo_ext.advantages.combine import process_advantages
 from trl_grpo_ext.metrics import turn_metrics, turn_sums
 from trl_grpo_ext.rewards.sources import wrap_source
-from trl_grpo_ext.rewards.turns import Turn, find_turns, land_on_policy_tokens
+from trl_grpo_ext.rewards.turns import Turn, find_turns, land_on_policy_tokens, turn_ends, turn_indices
 
 
 nan = math.nan
@@ -46,6 +46,24 @@ def test_turns_are_what_the_policy_wrote_without_an_interruption(mask):
     written = [i for start, end in turns for i in range(start, end)]
     assert written == [i for i, own in enumerate(mask) if own]
     assert all(second.start > first.end for first, second in zip(turns, turns[1:], strict=False))
+    # The three of them say the same
+    ends = turn_ends(torch.tensor([mask]))[0].tolist()
+    assert [i for i, is_end in enumerate(ends) if is_end] == [turn.end - 1 for turn in turns]
+    indices = turn_indices(torch.tensor([mask]))[0].tolist()
+    assert indices == [next((k for k, turn in enumerate(turns) if i in range(*turn)), -1) for i in range(len(mask))]
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.data())
+def test_a_reward_on_a_tool_s_output_moves_to_the_policy_s_last_token_before(mask, data):
+    ends = data.draw(st.lists(st.integers(0, len(mask) - 1), max_size=6).map(sorted))
+    moved = land_on_policy_tokens(StepRewards(ends, [1.0] * len(ends)), mask)
+    expected = {}
+    for end in ends:
+        before = [token for token in range(end + 1) if mask[token]]
+        token = before[-1] if before else end
+        expected[token] = expected.get(token, 0.0) + 1.0
+    assert moved == StepRewards(list(expected), list(expected.values()))
 
 
 def test_a_completion_without_tools_is_one_turn():

@@ -1,5 +1,7 @@
 """Token ends on three real fast tokenizers and two slow ones, against what each token's bytes say."""
 
+import logging
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,26 +72,95 @@ def test_a_slow_tokenizer_that_strips_what_it_decodes_is_exact_too():
     check()
 
 
-@pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("window", [1, 2, 7, 10_000])
-@settings(max_examples=50, deadline=None)
-@given(data=st.data())
-def test_the_window_changes_nothing(name, window, data):
-    ids = data.draw(completions(name))
-    expected = align_tokens(load_tokenizer(name), ids)
+def _align(name, ids, window, longest):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alignment, "_WINDOW", window)
-        assert align_tokens(load_tokenizer(name), ids) == expected
+        patch.setattr(alignment, "_LONGEST_WINDOW", longest)
+        return align_tokens(load_tokenizer(name), ids)
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_windows_alone_align_valid_text(name, monkeypatch):
-    # Otherwise every completion is decoded once per token, which is right but slow
+@pytest.mark.parametrize("name", [*FAST, "byt5"])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_windows_give_what_every_beginning_gives(name, data):
+    ids = data.draw(completions(name))
+    # One window, in which every beginning is decoded
+    expected = _align(name, ids, 10_000, 10_000)
+    assert align_tokens(load_tokenizer(name), ids) == _align(name, ids, 7, 10_000) == expected
+    # Where a window is too long, its characters end in its last token
+    coarse = _align(name, ids, 4, 4)
+    _check_ends(coarse, ids)
+    assert coarse.text == expected.text
+
+
+def _bytes_of(text):
+    return [load_tokenizer("mistral").convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+# In each, windows of four tokens do not do
+LONG = {
+    "an emoji that is split after 8,192 bytes": ("mistral", lambda t: _bytes_of("😀" * 2048)[:-1]),
+    "bytes with a wrong one, then text": (
+        "mistral",
+        lambda t: [
+            *_bytes_of("中文" * 600),
+            t.convert_tokens_to_ids("<0xFF>"),
+            *t.encode("So x = 3.\n\n" * 300, add_special_tokens=False),
+        ],
+    ),
+    "a byte tokenizer": ("byt5", lambda t: t.encode("naïve 答案 😀 x\n\n" * 300, add_special_tokens=False)),
+    "spaces that are stripped": (
+        "mistral-slow",
+        lambda t: t.encode("a b\n中 " * 300 + " " * 3000 + "b c" * 300, add_special_tokens=False),
+    ),
+    "invalid bytes": ("qwen", lambda t: t.convert_tokens_to_ids(["ä", "¸"]) * 2000),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_the_work_grows_as_the_number_of_tokens(case, monkeypatch):
+    name, make = LONG[case]
     tokenizer = load_tokenizer(name)
-    text = "Let $x$ be 3.\n\n解：因为 😀👩‍👩‍👧‍👦\n\n\n  so\t\\[ x^2 \\]\n" * 5
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert alignment._align_windows(tokenizer.decode, ids) == align_tokens(tokenizer, ids)
-    assert align_tokens(tokenizer, ids).text == text
+    ids = make(tokenizer)
+    decoded = []
+    make_decoder = alignment._decoder
+
+    def counting(tokenizer):
+        decode = make_decoder(tokenizer)
+        return lambda ids: decoded.append(len(ids)) or decode(ids)
+
+    monkeypatch.setattr(alignment, "_decoder", counting)
+    aligned = align_tokens(tokenizer, ids)
+    _check_ends(aligned, ids)
+    assert aligned.text == make_decoder(tokenizer)(ids)
+    # A decoding of every beginning is half the square: 1,000 times the tokens and more
+    assert sum(decoded) < 200 * len(ids)
+
+
+def test_text_after_a_run_of_wrong_bytes_has_ends_of_its_own():
+    tokenizer = load_tokenizer("mistral")
+    run = [*_bytes_of("中文" * 40), tokenizer.convert_tokens_to_ids("<0xFF>")]
+    ids = [*run, *tokenizer.encode("So x = 3.\n\nThen 答案 is 😀." * 5, add_special_tokens=False)]
+    assert (
+        align_tokens(tokenizer, ids).token_ends[len(run) :]
+        == _align("mistral", ids, 10_000, 10_000).token_ends[len(run) :]
+    )
+
+
+def test_a_tokenizer_that_cannot_be_decoded_in_parts_is_said_once(caplog):
+    tokenizer = load_tokenizer("byt5")
+
+    class Reversed(type(tokenizer)):
+        def decode(self, ids, **options):
+            return super().decode(list(ids)[::-1], **options)
+
+    odd = Reversed()
+    ids = tokenizer.encode("a" + "b" * 150, add_special_tokens=False)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        aligned = align_tokens(odd, ids)
+    _check_ends(aligned, ids)
+    assert "Reversed does not decode a part of a completion as it decodes the whole" in caplog.text
 
 
 @pytest.mark.parametrize("name", [*FAST, "byt5"])

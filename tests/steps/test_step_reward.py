@@ -69,7 +69,7 @@ PROSE = [
     "Ответ: [4]",
     "The answer is 10",
 ]
-WHOLE = ["\\[\n\nx^2 = 9\n\n\\]", "$$\na\n\n= b\n$$", "```python\na = 1\n\n\nb = 2\n```", "so \\[x\\]: y"]
+WHOLE = ["\\[\nx^2 = 9\n\\]", "$$\na\n= b\n$$", "```python\na = 1\n\n\nb = 2\n```", "so \\[x\\]: y"]
 SEPARATORS = {"blank_line": ["\n\n", "\n \n", "\n\n\n"], "newline": ["\n", "\n\n"]}
 
 
@@ -254,7 +254,7 @@ def test_a_decorated_method_without_self_is_refused_where_it_is_bound():
 def test_the_signature_is_that_of_trl_s_call():
     for source in (module_judge, Grader(1.0).judge):
         assert list(inspect.signature(source).parameters) == [
-            *("prompts", "completions", "completion_ids", "tool_mask", "columns")
+            *("prompts", "completions", "completion_ids", "tool_mask", "prompt_ids", "columns")
         ]
     with pytest.raises(TypeError, match="'lengths' has been made a reward function of steps already"):
         step_reward(step_reward(lengths))

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
+from ..rewards.turns import turn_ends
 from ..tables import check_choice
 from .estimators import Estimator, EstimatorInputs, find_estimator
 from .normalization import SCALES, Comparison, compare, completion_weights, pack_order
@@ -240,11 +240,6 @@ def compare_with_batch(sources: Sources, summed_NT: torch.Tensor, *, eps: float)
     return compare(summed_NT, weights_NT, (0, 1), scale="group", eps=eps)
 
 
-def _turn_ends(mask_NT: torch.Tensor) -> torch.Tensor:
-    """True on the last token of each turn, `(N, T)`."""
-    return mask_NT & ~F.pad(mask_NT[:, 1:], (0, 1))
-
-
 def make_sources(
     rewards_KNT: torch.Tensor,
     mask_NT: torch.Tensor,
@@ -257,7 +252,7 @@ def make_sources(
     """The sources of [`process_advantages`], with its arguments."""
     gammas = gamma_per_source(gamma, len(weights_K))
     mask_NT = mask_NT.bool()
-    turn_ends_NT = _turn_ends(mask_NT) if gamma_unit == "turn" else None
+    turn_ends_NT = turn_ends(mask_NT) if gamma_unit == "turn" else None
     return Sources(rewards_KNT, mask_NT, weights_K.to(rewards_KNT), gammas, gamma_unit, turn_ends_NT, group_size)
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..steps.segmentation import SegmentationLike, as_segmentation
 from .backbone import Scorer
 from .checkpoint import Checkpoint, locate_checkpoint, split_options
 from .loading import load_scorer
@@ -43,6 +44,14 @@ class RewardModel:
             Id or folder.
         max_length (`int`, *optional*):
             Largest number of ids of an input; unbounded by default.
+        segmentation ([`Segmentation`], its argument `by` or a mapping of its arguments, *optional*):
+            How completions are split into steps, and which part of them is judged; the preset's by default. An outcome
+            model reads its `scope` and `thinking` alone.
+        policy_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer of the policy, which decodes `completion_ids`. The trainer sets it.
+
+    What is out of the segmentation's scope is no part of the model's input. So with `scope="answer"` thinking takes
+    none of the positions that the answer needs.
 
     Raises:
         ValueError: the preset is of the other kind, or the tokenizer does not suit its rendering.
@@ -50,7 +59,16 @@ class RewardModel:
 
     kind: ClassVar[str]
 
-    def __init__(self, scorer: Scorer, tokenizer: Any, preset: Preset, name: str, max_length: int | None = None):
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Any,
+        preset: Preset,
+        name: str,
+        max_length: int | None = None,
+        segmentation: SegmentationLike | None = None,
+        policy_tokenizer: Any = None,
+    ):
         if preset.kind != self.kind:
             raise ValueError(
                 f"preset '{preset.name}' is of kind '{preset.kind}'; {type(self).__name__} needs another."
@@ -64,6 +82,8 @@ class RewardModel:
         self.__name__ = name.split("/")[-1]
         self.reduce = preset.reduce
         self.max_length = max_length
+        self.segmentation = preset.segmentation if segmentation is None else as_segmentation(segmentation)
+        self.policy_tokenizer = policy_tokenizer
         self.batch_tokens = _BATCH_TOKENS
         # What the trainer that scores now has instead, see `prepare`
         self.trainer_batch_tokens: int | None = None
@@ -84,6 +104,7 @@ class RewardModel:
         offload: bool = False,
         max_length: int | None = None,
         batch_tokens: int | None = None,
+        segmentation: SegmentationLike | None = None,
         **loading: Any,
     ) -> Self:
         """
@@ -114,6 +135,8 @@ class RewardModel:
                 Largest number of ids of an input; the preset's, else the model's positions, by default.
             batch_tokens (`int`, *optional*, defaults to `16384`):
                 Largest number of padded tokens of a forward.
+            segmentation ([`Segmentation`], its argument `by` or a mapping of its arguments, *optional*):
+                How completions are split into steps, and which part of them is judged; the preset's by default.
             **loading:
                 Further arguments of `from_pretrained`, such as `revision`, `device_map` or `attn_implementation`.
 
@@ -121,6 +144,8 @@ class RewardModel:
             ValueError: no preset fits, or one of the other kind; the checkpoint lacks a key or has one that the preset
                 does not know; a tag or an answer is not one id; `weights_of` has another backbone.
         """
+        # Before the weights are loaded, which takes longer
+        cut = None if segmentation is None else as_segmentation(segmentation)
         location, loading = split_options(loading)
         chosen = {"dtype": dtype, "quantization_config": quantization_config}
         loading |= {name: value for name, value in chosen.items() if value is not None}
@@ -138,6 +163,8 @@ class RewardModel:
             reward_model.max_length = max_length
         if batch_tokens is not None:
             reward_model.batch_tokens = batch_tokens
+        if cut is not None:
+            reward_model.segmentation = cut
         return reward_model
 
     @classmethod
@@ -195,6 +222,7 @@ class RewardModel:
         self.accelerator = accelerator
         # Another trainer may have set its own
         self.trainer_batch_tokens = batch_tokens
+        self.policy_tokenizer = policy_tokenizer
 
     def holds(self, base_name: str, *, vocabulary: bool = False) -> bool:
         """
@@ -214,7 +242,8 @@ class RewardModel:
         preset = self.preset
         model = self.scorer.model
         inputs = (preset.kind, preset.rendering, preset.mask_tags, self.tokenizer, self.max_length)
-        return *inputs, model.backbone, model.adapter, self.accelerator
+        cut = (self.segmentation, self.policy_tokenizer)
+        return *inputs, *cut, model.backbone, model.adapter, self.accelerator
 
     def _render(self, problem: str, steps: Sequence[str]) -> Rendered:
         return self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)

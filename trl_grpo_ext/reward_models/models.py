@@ -1,22 +1,17 @@
 """Process and outcome reward models: usable by themselves and as reward functions."""
 
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
-from typing import Any, Self
-
-from accelerate import Accelerator
+from typing import Any
 
 from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens
-from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
-from ..steps.segmentation import Segmentation, SegmentationLike, as_segmentation, segment, split_text
-from .backbone import Scorer
+from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps, warn_of_thinking
+from ..steps.segmentation import Segmentation, segment, split_text
 from .base import RewardModel
-from .checkpoint import Checkpoint
 from .encoding import encode_text
-from .preset import Preset
 from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
 from .texts import check_texts
 
@@ -29,12 +24,8 @@ class ProcessRewardModel(RewardModel):
     token of its step.
 
     Args:
-        scorer, tokenizer, preset, name, max_length:
+        scorer, tokenizer, preset, name, max_length, segmentation, policy_tokenizer:
             As in [`RewardModel`]; [`~RewardModel.from_pretrained`] loads them.
-        segmentation ([`Segmentation`] or its argument `by`, *optional*):
-            How completions are split; the preset's by default.
-        policy_tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer of the policy, which decodes `completion_ids`. The trainer sets it.
 
     Example:
 
@@ -46,45 +37,6 @@ class ProcessRewardModel(RewardModel):
     """
 
     kind = "process"
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        tokenizer: Any,
-        preset: Preset,
-        name: str,
-        max_length: int | None = None,
-        segmentation: SegmentationLike | None = None,
-        policy_tokenizer: Any = None,
-    ):
-        super().__init__(scorer, tokenizer, preset, name, max_length)
-        self.segmentation = preset.segmentation if segmentation is None else as_segmentation(segmentation)
-        self.policy_tokenizer = policy_tokenizer
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: "str | os.PathLike[str] | Checkpoint",
-        *,
-        segmentation: SegmentationLike | None = None,
-        **options: Any,
-    ) -> Self:
-        """[`RewardModel.from_pretrained`], and `segmentation`: how completions are split, instead of the preset's."""
-        # Before the weights are loaded, which takes longer
-        chosen = None if segmentation is None else as_segmentation(segmentation)
-        reward_model = super().from_pretrained(model, **options)
-        if chosen is not None:
-            reward_model.segmentation = chosen
-        return reward_model
-
-    def inputs_key(self) -> tuple[Any, ...]:
-        """[`RewardModel.inputs_key`], and how completions are split."""
-        return *super().inputs_key(), self.segmentation, self.policy_tokenizer
-
-    def prepare(self, accelerator: Accelerator, policy_tokenizer: Any, batch_tokens: int | None) -> None:
-        """[`RewardModel.prepare`], and the tokenizer of the policy whose `completion_ids` will come."""
-        super().prepare(accelerator, policy_tokenizer, batch_tokens)
-        self.policy_tokenizer = policy_tokenizer
 
     def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[list[float | None]]:
         """
@@ -120,12 +72,13 @@ class ProcessRewardModel(RewardModel):
         return scores
 
     def split(self, solution: str) -> list[str]:
-        """Steps of a solution that is text, by `segmentation`; tokens are those of the reward model."""
-        by = self.segmentation.by
-        if by != "tokens" and self.segmentation == Segmentation(by=by):
-            return [solution[start:end].strip() for start, end in split_text(solution, by)]
+        """Steps of a solution that is text, by `segmentation` and in its scope; tokens are the reward model's."""
+        own = self.segmentation
+        if own.by != "tokens" and own.min_step_tokens == 1 and own.max_steps is None:
+            parts = [solution[start:end] for start, end in own.in_scope(solution)]
+            return [part[start:end].strip() for part in parts for start, end in split_text(part, own)]
         aligned = align_tokens(self.tokenizer, encode_text(self.tokenizer, solution))
-        return [step.text for step in segment(aligned, self.segmentation)]
+        return [step.text for step in segment(aligned, own)]
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[list[float | None]]:
         """
@@ -141,6 +94,8 @@ class ProcessRewardModel(RewardModel):
             `list[list[float | None]]`: as [`~ProcessRewardModel.score_steps`].
         """
         check_texts(solutions, "solutions")
+        if self.segmentation.scope is None and any(map(self.segmentation.find_thinking, solutions)):
+            warn_of_thinking(f"process reward model '{self.name}'")
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
     def __call__(
@@ -150,6 +105,7 @@ class ProcessRewardModel(RewardModel):
         *,
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         """
@@ -158,7 +114,9 @@ class ProcessRewardModel(RewardModel):
         The outputs of tools are not read: the solution is what the policy wrote, its turns one after the other.
         """
         source = f"process reward model '{self.name}'"
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source)
+        steps = policy_steps(
+            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source, prompts, prompt_ids
+        )
         problems = [last_user_text(prompt) for prompt in prompts]
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
@@ -179,11 +137,21 @@ def _mean_from_corrupted(scores: Sequence[float | None]) -> float:
     return fmean(math.nan if score is None else score for score in scores[CORRUPTED:])
 
 
+def _in_scope(solution: str, segmentation: Segmentation) -> str | None:
+    """What a solution says in scope, `None` for nothing."""
+    parts = [solution[start:end].strip() for start, end in segmentation.in_scope(solution)]
+    return "\n\n".join(part for part in parts if part) or None
+
+
 class OutcomeRewardModel(RewardModel):
     """
     An outcome reward model: one number for each solution.
 
     It can be used by itself, and as a reward function of [`GRPOExtTrainer`].
+
+    Where the segmentation has the scope `"answer"` or `"thinking"`, that part of each turn is the solution. It is read
+    from the policy's tokens, because TRL leaves tags that are special tokens out of its texts. A completion without
+    such a part is not judged.
 
     Example:
 
@@ -211,8 +179,18 @@ class OutcomeRewardModel(RewardModel):
         """
         check_texts(problems, "problems")
         check_texts(solutions, "solutions")
-        pairs = zip(problems, solutions, strict=True)
-        scores = self._score([self._render(problem, [solution]) for problem, solution in pairs])
+        if self._takes_all:
+            return self._score_texts(problems, solutions)
+        return self._score_texts(problems, [_in_scope(solution, self.segmentation) for solution in solutions])
+
+    @property
+    def _takes_all(self) -> bool:
+        return self.segmentation.scope in (None, "all")
+
+    def _score_texts(self, problems: Sequence[str], texts: Sequence[str | None]) -> list[float | None]:
+        pairs = zip(problems, texts, strict=True)
+        # Also those that are not judged, for which the model's forward is waited for by other processes
+        scores = self._score([self._render(problem, [] if text is None else [text]) for problem, text in pairs])
         return [values[0] if values else None for values in scores]
 
     def score(self, problem: str, solutions: Sequence[str]) -> list[float | None]:
@@ -220,10 +198,28 @@ class OutcomeRewardModel(RewardModel):
         check_texts(solutions, "solutions")
         return self.score_batch([problem] * len(solutions), solutions)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """TRL's call of a reward function."""
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        completion_ids: Sequence[Sequence[int]] = (),
+        tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """TRL's call of a reward function. `completion_ids` are read if the segmentation has a scope."""
+        source = f"outcome reward model '{self.name}'"
         problems = [last_user_text(prompt) for prompt in prompts]
-        return self.score_batch(problems, [assistant_text(completion) for completion in completions])
+        if self._takes_all:
+            texts = [assistant_text(completion) for completion in completions]
+            if self.segmentation.scope is None and any(map(self.segmentation.find_thinking, texts)):
+                warn_of_thinking(source)
+            return self._score_texts(problems, texts)
+        turns = replace(self.segmentation, by="turn", min_step_tokens=1, max_steps=None)
+        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, turns, source, prompts, prompt_ids)
+        joined = ["\n\n".join(step.text for step in own) for own in steps]
+        return self._score_texts(problems, [text or None for text in joined])
 
     def self_check(self) -> None:
         """

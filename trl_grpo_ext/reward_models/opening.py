@@ -18,7 +18,7 @@ from .token_budget import TokenBatchedModel
 
 
 # Options that have nothing to do with the weights, which a reward model that shares another one's weights has too
-_BESIDE_WEIGHTS = ("batch_tokens", "max_length")
+_BESIDE_WEIGHTS = ("batch_tokens", "max_length", "segmentation")
 
 
 def load_reward_model(
@@ -117,7 +117,8 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
 def _check_classifier(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:
     """Raise `ValueError` if TRL, loading the model, would draw some of its weights at random."""
     # No weights are read for the meta device
-    options = {**loading, **checkpoint.base_location, "num_labels": 1, "output_loading_info": True}
+    beside = {name: value for name, value in loading.items() if name not in _BESIDE_WEIGHTS}
+    options = {**beside, **checkpoint.base_location, "num_labels": 1, "output_loading_info": True}
     options["device_map"] = "meta"
     with whole_on_every_process():
         _, info = cast(Any, AutoModelForSequenceClassification.from_pretrained(checkpoint.base_name, **options))

@@ -10,11 +10,13 @@ from datasets import Dataset, IterableDataset
 
 # The argument of reward functions, beside TRL's own, that says which tokens the policy wrote
 TOOL_MASK = "tool_mask"
+# The one that holds the ids of each prompt, as the policy read them
+PROMPT_IDS = "prompt_ids"
 
 # What TRL and this package pass to reward functions beside the data set's columns
 _RESERVED_COLUMNS = (
     *("prompts", "completions", "completion_ids"),
-    *("trainer_state", "log_extra", "log_metric", "environments", TOOL_MASK),
+    *("trainer_state", "log_extra", "log_metric", "environments", TOOL_MASK, PROMPT_IDS),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._trl import is_async_callable
-from .arguments import TOOL_MASK, check_parameters, names_argument
+from .arguments import PROMPT_IDS, TOOL_MASK, check_parameters, names_argument
 from .step_reductions import STEP_REDUCTIONS
 from .transforms import transform_reward
 from .turns import TurnRewards, land_on_policy_tokens, place_turn_rewards
@@ -55,6 +55,8 @@ class RewardSource:
         tool_mask (`Sequence[Sequence[int]]`, *optional*):
             For each completion of the batch and each of its tokens, 1 if the policy wrote it, 0 if it is a tool's
             output. A function with a parameter of this name gets it too. By default the policy wrote all of them.
+        prompt_ids (`Sequence[Sequence[int]]`, *optional*):
+            Token ids of each completion's prompt. A function with a parameter of this name gets them.
 
     Raises:
         ValueError: the function has an attribute `reduce` that is not in `STEP_REDUCTIONS`.
@@ -67,6 +69,7 @@ class RewardSource:
         transform: str = "none",
         is_outcome: bool = False,
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ):
         self.function = function
         self.name = name
@@ -75,6 +78,7 @@ class RewardSource:
         self.transform = transform
         self.is_outcome = is_outcome
         self.tool_mask = tool_mask
+        self.prompt_ids = prompt_ids
         chosen = _reduce_attributes(function)
         self.chose_reduce = bool(chosen)
         (self.reduce,) = chosen or ["sum"]
@@ -168,7 +172,7 @@ class RewardSource:
 
     def _arguments(self, offered: dict[str, Any], tool_mask: Sequence[Sequence[int]]) -> dict[str, Any]:
         """
-        What the function is called with: what TRL offers, and `tool_mask` if it has such a parameter.
+        What the function is called with: what TRL offers, `tool_mask` and `prompt_ids` if it has such parameters.
 
         Raises:
             TypeError: a required parameter that is not offered.
@@ -176,6 +180,8 @@ class RewardSource:
         # Not through `**kwargs`: there a function finds what TRL gives it
         if names_argument(self.function, TOOL_MASK):
             offered = {**offered, TOOL_MASK: [list(mask) for mask in tool_mask]}
+        if self.prompt_ids is not None and names_argument(self.function, PROMPT_IDS):
+            offered = {**offered, PROMPT_IDS: [list(ids) for ids in self.prompt_ids]}
         check_parameters(self.function, offered, f"reward source '{self.name}'")
         return offered
 

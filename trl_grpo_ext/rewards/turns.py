@@ -5,15 +5,22 @@ A turn is what the policy wrote without an interruption: a maximal run of its to
 of an environment. A completion without such outputs is one turn.
 """
 
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.nn import functional as F
 
 from .types import StepRewards, check_number, is_list_like, plain
 
 
 _PER = ("turn", "tool_call")
+
+# In a mask with a byte for each token
+_OWN_TOKENS = re.compile(rb"[^\0]+")
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,21 @@ def find_turns(tool_mask: Sequence[int]) -> list[Turn]:
         tool_mask (`Sequence[int]`):
             For each token 1 if the policy wrote it, 0 if it is a tool's or an environment's output.
     """
-    bounds = [0, *(i for i in range(1, len(tool_mask)) if tool_mask[i] != tool_mask[i - 1]), len(tool_mask)]
-    return [Turn(start, end) for start, end in pairwise(bounds) if start < end and tool_mask[start]]
+    # A search in bytes: a loop over the tokens takes six times as long
+    return [Turn(*match.span()) for match in _OWN_TOKENS.finditer(bytes(list(tool_mask)))]
+
+
+def turn_indices(mask_NT: torch.Tensor) -> torch.Tensor:
+    """For each loss token the index of its turn, a maximal run of loss tokens; -1 for other tokens, `(N, T)`."""
+    mask_NT = mask_NT.bool()
+    starts_NT = mask_NT & ~F.pad(mask_NT[:, :-1], (1, 0))
+    return (starts_NT.cumsum(1) - 1).where(mask_NT, -1)
+
+
+def turn_ends(mask_NT: torch.Tensor) -> torch.Tensor:
+    """True on the last loss token of each turn, `(N, T)`."""
+    mask_NT = mask_NT.bool()
+    return mask_NT & ~F.pad(mask_NT[:, 1:], (0, 1))
 
 
 def place_turn_rewards(
@@ -145,12 +165,12 @@ def land_on_policy_tokens(rewards: StepRewards, tool_mask: Sequence[int]) -> Ste
         [`StepRewards`] with strictly increasing ends. A sum leaves out `None`; of nothing but `None` it is `None`. A
         reward before the policy's first token stays where it is.
     """
+    turns = find_turns(tool_mask)
+    starts = [turn.start for turn in turns]
     sums: dict[int, float | None] = {}
     for end, value in zip(rewards.ends, rewards.values, strict=True):
-        token = end
-        while token > 0 and not tool_mask[token]:
-            token -= 1
-        token = token if tool_mask[token] else end
+        turn = bisect_right(starts, end) - 1
+        token = end if turn < 0 else min(end, turns[turn].end - 1)
         before = sums.get(token)
         sums[token] = value if before is None else before if value is None else before + value
     return StepRewards(list(sums), list(sums.values()))

@@ -3,14 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import logging
+
+from ..distributed import is_main_process
 from ..rewards.turns import Turn, find_turns
 from ..rewards.types import StepRewards, plain
 from .alignment import align_tokens, strip_special
 from .segmentation import Segmentation, Step, join_turns, segment
+from .thinking import opens_thinking
 
+
+logger = logging.get_logger(__name__)
 
 # The type of a part of a message that is text, and the key under which the text is
 _TEXT = "text"
+
+# Tokens before a turn of which the last ones may be an opening tag of thinking and white space
+_TAG_TOKENS = 32
 
 
 def last_user_text(prompt: Any) -> str:
@@ -79,9 +88,13 @@ def policy_steps(
     tool_mask: Sequence[Sequence[int]] | None,
     segmentation: Segmentation,
     source: str,
+    prompts: Sequence[Any] | None = None,
+    prompt_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Step]]:
     """
     Steps of completions, each with the index of its last token.
+
+    Special tokens are decoded too, so that tags of thinking are seen where they are special tokens.
 
     Args:
         policy_tokenizer (`PreTrainedTokenizerBase` or `None`):
@@ -92,9 +105,14 @@ def policy_steps(
             For each of them 1 if the policy wrote it, 0 if it is a tool's output, which is not read. `None` if the
             policy wrote all of them.
         segmentation ([`Segmentation`]):
-            How a completion is cut.
+            How a completion is cut, and which part of it has steps.
         source (`str`):
-            Names the reward source in the error.
+            Names the reward source in the error and the warning.
+        prompts (`Sequence[str | list[dict]]`, *optional*):
+            The prompts as TRL gives them to reward functions. Without `prompt_ids`, the end of a prompt that is text
+            says whether the prompt has opened thinking.
+        prompt_ids (`Sequence[Sequence[int]]`, *optional*):
+            Token ids of each prompt, whose end says whether the chat template has opened thinking.
 
     Returns:
         `list[list[Step]]`: `last_token` of each is an index into the completion's ids.
@@ -109,22 +127,48 @@ def policy_steps(
         )
     # A rollout function may return tensors
     completion_ids = plain(completion_ids)
-    masks = [[1] * len(ids) for ids in completion_ids] if tool_mask is None else tool_mask
-    return [
-        _steps_of_turns(policy_tokenizer, ids, find_turns(mask), segmentation)
-        for ids, mask in zip(completion_ids, masks, strict=True)
-    ]
+    steps_of_rows = []
+    for row, ids in enumerate(completion_ids):
+        turns = [Turn(0, len(ids))] if tool_mask is None else find_turns(plain(tool_mask[row]))
+        if prompt_ids is not None:
+            before = policy_tokenizer.decode(plain(prompt_ids[row])[-_TAG_TOKENS:])
+        else:
+            before = prompts[row] if prompts is not None and isinstance(prompts[row], str) else ""
+        steps_of_rows.append(_steps_of_turns(policy_tokenizer, ids, turns, segmentation, before, source))
+    return steps_of_rows
 
 
 def _steps_of_turns(
-    policy_tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], segmentation: Segmentation
+    policy_tokenizer: Any,
+    ids: Sequence[int],
+    turns: Sequence[Turn],
+    segmentation: Segmentation,
+    before: str,
+    source: str,
 ) -> list[Step]:
+    """The steps of a completion, whose first turn follows the text `before`."""
+    tags = segmentation.tags
     steps = []
     for start, end in turns:
-        written = strip_special(policy_tokenizer, ids[start:end])
-        for text, last_token in segment(align_tokens(policy_tokenizer, written), segmentation):
+        aligned = align_tokens(policy_tokenizer, strip_special(policy_tokenizer, ids[start:end], keep=tags))
+        # Before a later turn stands a tool's output, and what the chat template writes after it
+        text_before = policy_tokenizer.decode(ids[max(start - _TAG_TOKENS, 0) : start]) if start else before
+        is_open = opens_thinking(text_before, tags)
+        if segmentation.scope is None and segmentation.find_thinking(aligned.text, is_open):
+            warn_of_thinking(source)
+        for text, last_token in segment(aligned, segmentation, is_open):
             steps.append(Step(text, start + last_token))
     return join_turns(steps, segmentation)
+
+
+def warn_of_thinking(source: str) -> None:
+    """Say once that a source judges thinking, where its segmentation does not say that it should."""
+    if is_main_process():
+        logger.warning_once(
+            f"{source}: a completion holds thinking, which is judged with the answer. Say what is to be judged by the "
+            "scope of the segmentation: Segmentation(scope='answer') leaves thinking out, 'thinking' leaves the "
+            "answer out, and 'all' judges both without this warning. This is said once."
+        )
 
 
 def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:

@@ -58,6 +58,9 @@ def step_reward(
     With tools, the output of a tool belongs to no step, and every turn of the policy ends one. `by="turn"` makes each
     turn a step.
 
+    The steps of a policy that thinks before it answers are those of both, unless the segmentation has a scope:
+    `by=Segmentation(scope="answer")`.
+
     The function is called once for each completion that has steps. Its arguments are given by name:
 
     - `problem` (`str`): the prompt, or in a conversation what the user said last.
@@ -81,7 +84,8 @@ def step_reward(
             `@step_reward`, `@step_reward()` and `@step_reward(by="newline")` all work. A decorated method is bound to
             its object, as methods are.
         by (`str`, [`Segmentation`] or `Callable[[str], Sequence[int]]`, *optional*, defaults to `"blank_line"`):
-            Where steps end: a [`Segmentation`], or its argument `by`.
+            Where steps end: a [`Segmentation`], which also says which part of a completion has steps, or its argument
+            `by`, or a mapping of all its arguments.
         name (`str`, *optional*):
             Name in logs, errors and `outcome_gate`; by default that of the function.
         reduce (`str`, *optional*):
@@ -216,6 +220,7 @@ class StepRewardFunction:
         *,
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> Any:
         """
@@ -230,24 +235,34 @@ class StepRewardFunction:
                 there are steps, or one that is not finite.
         """
         logs = ExtraLogs(len(prompts))
-        to_judge = self._to_judge(prompts, completions, completion_ids, tool_mask, columns, logs)
+        cut = self._cut(prompts, completion_ids, tool_mask, prompt_ids)
+        to_judge = self._to_judge(prompts, completions, cut, columns, logs)
         rewards = [_parse(one, self.function(**one.arguments) if one.steps else []) for one in to_judge]
         if _LOG_EXTRA in columns:
             logs.hand_over(columns[_LOG_EXTRA])
         return rewards
 
+    def _cut(
+        self,
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        tool_mask: Sequence[Sequence[int]] | None,
+        prompt_ids: Sequence[Sequence[int]] | None,
+    ) -> list[list[Step]]:
+        return policy_steps(
+            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, self._where, prompts, prompt_ids
+        )
+
     def _to_judge(
         self,
         prompts: Sequence[Any],
         texts: Sequence[Any] | None,
-        completion_ids: Sequence[Sequence[int]],
-        tool_mask: Sequence[Sequence[int]] | None,
+        steps_of_rows: Sequence[list[Step]],
         columns: dict[str, Any],
         logs: ExtraLogs,
     ) -> list[_Completion]:
         """All completions of a batch, before the first is judged: an error in the batch costs no judgement."""
         completions = []
-        steps_of_rows = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, self._where)
         for row, (prompt, steps) in enumerate(zip(prompts, steps_of_rows, strict=True)):
             where = f"{self._where}, completion {row}"
             offered = {name: value_of_row(value, row, len(prompts), where, name) for name, value in columns.items()}
@@ -274,13 +289,15 @@ class AsyncStepRewardFunction(StepRewardFunction):
         *,
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         async def judge(completion: _Completion) -> StepRewards | None:
             return _parse(completion, await self.function(**completion.arguments) if completion.steps else [])
 
         logs = ExtraLogs(len(prompts))
-        to_judge = self._to_judge(prompts, completions, completion_ids, tool_mask, columns, logs)
+        cut = self._cut(prompts, completion_ids, tool_mask, prompt_ids)
+        to_judge = self._to_judge(prompts, completions, cut, columns, logs)
         rewards = await run_together([judge(one) for one in to_judge])
         if _LOG_EXTRA in columns:
             logs.hand_over(columns[_LOG_EXTRA])

@@ -151,7 +151,8 @@ class RemoteProcessRewardModel(RemoteRewardModel):
 
     Args:
         segmentation (`Segmentation` or its argument `by`, *optional*):
-            How completions are cut into steps; by default as the preset says, without one at blank lines.
+            How completions are cut into steps, and which part of them has steps; by default as the preset says, without
+            one at blank lines.
         policy_tokenizer (*optional*):
             The policy's tokenizer, which decodes the completions; the trainer sets it.
         reduce (`str`, *optional*):
@@ -205,10 +206,12 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         prompts: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         segmentation = as_segmentation(self.segmentation)
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, segmentation, repr(self))
+        tokenizer = self.policy_tokenizer
+        steps = policy_steps(tokenizer, completion_ids, tool_mask, segmentation, repr(self), prompts, prompt_ids)
         texts = [[step.text for step in own] for own in steps]
         scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]

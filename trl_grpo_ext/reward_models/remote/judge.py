@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import httpx
+from tqdm.auto import tqdm
 
 from ...concurrency import run_together
 from ...rewards.step_reductions import STEP_REDUCTIONS
@@ -21,6 +22,7 @@ from ...steps.named_arguments import value_of_row
 from ...steps.policy_text import assistant_text, last_user_text
 from ...steps.segmentation import SegmentationLike, as_segmentation
 from ...steps.step_reward import AsyncStepRewardFunction
+from ..progress import scoring_bar
 from .answer_cache import AnswerCache, content_key
 from .images import images_of, without_images
 from .judge_formats import JUDGE_FORMATS, JudgeFormat
@@ -165,8 +167,9 @@ class _Judge(RemoteSource):
         """Ask about one batch, and log what it took."""
         path = _PATH if httpx.URL(self.url).path.strip("/") else f"/v1{_PATH}"
         before = copy.copy(self.usage)
-        async with self._session(path) as session:
-            yield _Batch(self, session)
+        with scoring_bar(completions, self.__name__, "completions") as bar:
+            async with self._session(path) as session:
+                yield _Batch(self, session, bar)
         log_metric: Callable[[str, float], None] | None = columns.get("log_metric")
         if log_metric is None or not completions:
             return
@@ -209,6 +212,8 @@ class _Judge(RemoteSource):
                 logger.warning("%s; counted from now on in rewards/%s/unparsed.", message, self.__name__)
             self.usage.unparsed += 1
             return None
+        finally:
+            batch.bar.update()
 
     async def _ask(self, batch: "_Batch", messages: list[dict[str, Any]], count: int) -> list[float | None] | None:
         """Ask, put the answer at the end of the messages and read it; `None` where the server failed."""
@@ -229,9 +234,10 @@ class _Judge(RemoteSource):
 class _Batch:
     """The questions of one batch, of which equal ones are asked once."""
 
-    def __init__(self, judge: _Judge, session: Session):
+    def __init__(self, judge: _Judge, session: Session, bar: tqdm):
         self._judge = judge
         self.session = session
+        self.bar = bar
         self._asked: dict[str, asyncio.Future[str | None]] = {}
 
     async def ask(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None) -> str | None:
@@ -311,6 +317,7 @@ class JudgeSteps(_Judge):
         *,
         completion_ids: Sequence[Sequence[int]],
         tool_mask: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
         async with self._batch(len(prompts), columns) as batch:
@@ -324,7 +331,8 @@ class JudgeSteps(_Judge):
             judge.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             source = AsyncStepRewardFunction(judge, self._segmentation, self.__name__)
             source.policy_tokenizer = self.policy_tokenizer
-            return await source(prompts, completions, completion_ids=completion_ids, tool_mask=tool_mask, **columns)
+            given = {"completion_ids": completion_ids, "tool_mask": tool_mask, "prompt_ids": prompt_ids}
+            return await source(prompts, completions, **given, **columns)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
