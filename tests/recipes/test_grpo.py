@@ -382,7 +382,7 @@ def test_score_is_the_task_s_own():
 # --- A whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, reward_file):
+def test_two_steps_of_the_config_on_a_tiny_model(forked_python, tmp_path, byte_tokenizer, reward_file):
     end = byte_tokenizer.eos_token_id
     sizes = {"vocab_size": len(byte_tokenizer), "max_position_embeddings": 512}
     model = save_tiny_model(tmp_path / "model", pad_token_id=end, bos_token_id=end, eos_token_id=end, **sizes)
@@ -393,7 +393,7 @@ def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, rewar
         --reward_funcs {reward_file}:lower reasoning_gym_task.task_score --gamma 0.9 1.0
         --max_completion_length 8 --eval_steps 2 --eval_size 16 --learning_rate 0.01
     """
-    run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=600)
+    run = subprocess.run([forked_python, *command.split()], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
 
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
