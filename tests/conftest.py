@@ -33,7 +33,7 @@ def pytest_cmdline_main():
 
 @pytest.fixture(scope="session")
 def forked_python() -> str:
-    """The path of a Python that has imported TRL: where its imports are not the point, in place of `sys.executable`."""
+    """The path of a Python that has imported TRL, in place of `sys.executable` where importing is not the point."""
     return os.environ[PYTHON]
 
 

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import equation_steps
@@ -344,6 +343,8 @@ def test_lines_that_end_in_one_token_are_one_step(byte_tokenizer):
     assert (steps.ends, steps.values) == ([4, 9], [0.0, 1.0])
 
 
+# In the process that loads it for other tests too, which takes seconds
+@pytest.mark.xdist_group("tokenizers")
 def test_steps_with_the_tokenizer_of_smollm2(smollm2_tokenizer):
     lines = ["Énoncé: 14 + 9 = 23.", "", "23 − 21 = 2 😀\t", "2 + 2 = 5\n\n", "10 - 5 = 5"]
     text = "\n".join(lines) + "<|im_end|>"

@@ -71,15 +71,15 @@ def test_a_slow_tokenizer_that_strips_what_it_decodes_is_exact_too():
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("window", [1, 2, 7, 10_000])
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_the_window_changes_nothing(name, window, data):
+def test_the_window_changes_nothing(name, data):
     ids = data.draw(completions(name))
     expected = align_tokens(load_tokenizer(name), ids)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alignment, "_WINDOW", window)
-        assert align_tokens(load_tokenizer(name), ids) == expected
+    for window in (1, 2, 7, 10_000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(alignment, "_WINDOW", window)
+            assert align_tokens(load_tokenizer(name), ids) == expected, window
 
 
 @pytest.mark.parametrize("name", FAST)
