@@ -71,7 +71,7 @@ def test_a_slow_tokenizer_that_strips_what_it_decodes_is_exact_too():
 
 
 @pytest.mark.parametrize("name", FAST)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_the_window_changes_nothing(name, data):
     ids = data.draw(completions(name))
