@@ -15,8 +15,29 @@ os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"trackio_of_tes
 
 import pytest
 
+from tests.support.fork_server import fork_server
+
 
 # Heavy imports stand in the fixtures: the process that hands out the tests reads this file and runs none of them
+
+
+PYTHON = "PYTHON_OF_THE_FORK_SERVER"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main():
+    """One server for all workers, which find it by the environment."""
+    if PYTHON in os.environ:
+        return (yield)
+    with fork_server() as python, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PYTHON, python)
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> str:
+    """The path of a Python that has imported TRL, in place of `sys.executable` where importing is not the point."""
+    return os.environ[PYTHON]
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +59,11 @@ def models_of_parts(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def two_processes(request, models_of_parts, tmp_path_factory):
+def two_processes(request, forked_python, models_of_parts, tmp_path_factory):
     """What two processes saw of all parts, started under the sharding that `two_processes.under` names."""
     from tests.support.two_processes import TwoProcesses
 
-    return TwoProcesses.started(request.param, models_of_parts, tmp_path_factory.mktemp(request.param))
+    return TwoProcesses.started(forked_python, request.param, models_of_parts, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,7 +77,8 @@ def _package_metadata():
 def _seed():
     import torch
 
-    torch.manual_seed(0)
+    # Of the CPU alone: to ask for every other device takes longer than many a test
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -95,15 +95,14 @@ def test_trls_script_trains_our_trainer_from_its_yaml_file(run_folder, monkeypat
     assert (trl.GRPOTrainer, trl.GRPOConfig, trl.TrlParser) == (GRPOTrainer, GRPOConfig, TrlParser)
 
 
-def test_the_installed_command_trains_in_a_process_of_accelerate(run_folder):
+def test_the_installed_command_trains_in_a_process_of_accelerate(run_folder, forked_python):
     """Which runs `python -m trl_grpo_ext --config run.yaml`."""
     command = "from trl_grpo_ext.cli import launch; launch()"
     ran = subprocess.run(
-        [sys.executable, "-c", command, "--cpu", "--num_machines", "1", "--config", "run.yaml"],
+        [forked_python, "-c", command, "--cpu", "--num_machines", "1", "--config", "run.yaml"],
         capture_output=True,
         text=True,
-        # Each of the two processes imports torch, on a machine that may be busy
-        timeout=900,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -22,7 +22,7 @@ TIMES = {"step_time", "epoch"}
 NAMES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one(models_of_parts, tmp_path_factory):
     """What one process sees, for every case."""
     folder = tmp_path_factory.mktemp("one")

@@ -12,7 +12,7 @@ from tests.support.launching import launch
 pytestmark = pytest.mark.distributed
 
 
-def test_processes_that_do_not_end_are_a_failure_and_ended(tmp_path, monkeypatch):
+def test_processes_that_do_not_end_are_a_failure_and_ended(forked_python, tmp_path, monkeypatch):
     communicate = subprocess.Popen.communicate
 
     def communicate_until_begun(process, timeout=None):
@@ -26,12 +26,12 @@ def test_processes_that_do_not_end_are_a_failure_and_ended(tmp_path, monkeypatch
     begun = f"open({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').close()"
     statement = f"import os, time; print('begun', flush=True); {begun}; time.sleep(987)"
     with pytest.raises(pytest.fail.Exception, match="no end after 600 s:(?s:.*)begun"):
-        launch("ddp", "timeit", "-n", "1", "-r", "1", statement)
+        launch(forked_python, "ddp", "timeit", "-n", "1", "-r", "1", statement)
     assert not [
         process for process in psutil.process_iter(["cmdline"]) if statement in (process.info["cmdline"] or [])
     ]
 
 
-def test_processes_that_fail_are_a_failure():
+def test_processes_that_fail_are_a_failure(forked_python):
     with pytest.raises(AssertionError, match="KeyError"):
-        launch("ddp", "timeit", "-n", "1", "-r", "1", "raise KeyError")
+        launch(forked_python, "ddp", "timeit", "-n", "1", "-r", "1", "raise KeyError")

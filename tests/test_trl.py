@@ -1,10 +1,7 @@
 """The door to TRL: what importing the package says beside a TRL that differs, and what is read of the fused head."""
 
-import json
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -13,9 +10,6 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_grpo_ext import _trl
 
 
-# TRL is imported once for all of these, in one process
-pytestmark = pytest.mark.xdist_group("imports beside another TRL")
-
 WITHOUT_A_NAME = "del trl.trainer.utils.use_adapter"
 WITHOUT_A_PACKAGE = "import sys; sys.modules['datasets'] = None; del sys.modules['trl.trainer.grpo_trainer']"
 WITH_ANOTHER_SIGNATURE = (
@@ -23,16 +17,18 @@ WITH_ANOTHER_SIGNATURE = (
     "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss = _compute_loss"
 )
 WITH_ANOTHER_SOURCE = "def nanstd(tensor, dim=None, keepdim=False): ...\ntrl.trainer.utils.nanstd = nanstd"
-CHANGES = [WITHOUT_A_NAME, WITHOUT_A_PACKAGE, WITH_ANOTHER_SIGNATURE, WITH_ANOTHER_SOURCE]
 
 
-@pytest.fixture(scope="module")
-def importing():
-    """What the package's import says, in a process of its own, after each of the `CHANGES`."""
-    command = [sys.executable, "-m", "tests.support.forked_imports", *CHANGES]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return {change: SimpleNamespace(**said) for change, said in zip(CHANGES, json.loads(done.stdout), strict=True)}
+@pytest.fixture
+def import_after(forked_python):
+    """Imports the package, in a process of its own, beside a TRL that a statement has changed."""
+
+    def run(change):
+        code = f"import trl.trainer.grpo_trainer, trl.trainer.utils\n{change}\nimport trl_grpo_ext\nprint('imported')"
+        command = [forked_python, "-c", code]
+        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+
+    return run
 
 
 def test_the_head_settings_are_what_trl_resolved(tiny_model):
@@ -42,8 +38,8 @@ def test_the_head_settings_are_what_trl_resolved(tiny_model):
     assert _trl.head_settings(model.forward) == (0.7, 0.25, 30.0, True)
 
 
-def test_importing_the_package_beside_a_trl_without_a_name_stops_with_the_name(importing):
-    done = importing[WITHOUT_A_NAME]
+def test_importing_the_package_beside_a_trl_without_a_name_stops_with_the_name(import_after):
+    done = import_after(WITHOUT_A_NAME)
     assert done.returncode == 1
     assert "ImportError: trl_grpo_ext extends TRL 1.16, and TRL" in done.stderr
     lines = done.stderr.splitlines()
@@ -51,20 +47,20 @@ def test_importing_the_package_beside_a_trl_without_a_name_stops_with_the_name(i
     assert lines[-1] == "Install a matching version: `pip install 'trl>=1.16,<1.17'`."
 
 
-def test_importing_the_package_beside_a_trl_that_lacks_a_package_says_what_trl_lacks(importing):
-    done = importing[WITHOUT_A_PACKAGE]
+def test_importing_the_package_beside_a_trl_that_lacks_a_package_says_what_trl_lacks(import_after):
+    done = import_after(WITHOUT_A_PACKAGE)
     assert done.returncode == 1
     assert "datasets" in done.stderr.splitlines()[-1] and "extends TRL" not in done.stderr
 
 
-def test_importing_the_package_beside_a_trl_with_another_signature_stops_with_the_difference(importing):
-    done = importing[WITH_ANOTHER_SIGNATURE]
+def test_importing_the_package_beside_a_trl_with_another_signature_stops_with_the_difference(import_after):
+    done = import_after(WITH_ANOTHER_SIGNATURE)
     assert done.returncode == 1
     assert "`GRPOTrainer._compute_loss` takes ['self', 'model', 'inputs', 'num_items_in_batch'] where" in done.stderr
     assert "is gone" not in done.stderr
 
 
-def test_importing_the_package_beside_a_trl_with_another_source_warns_and_goes_on(importing):
-    done = importing[WITH_ANOTHER_SOURCE]
+def test_importing_the_package_beside_a_trl_with_another_source_warns_and_goes_on(import_after):
+    done = import_after(WITH_ANOTHER_SOURCE)
     assert done.stdout == "imported\n", done.stderr
     assert "- `nanstd` cannot be read (the standard deviation of rewards): advantages/normalization.py" in done.stderr

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import pkgutil
 import re
@@ -185,6 +186,7 @@ def public_api(name):
     return not name.startswith("_") and name in vars(transformers.Trainer)
 
 
+@functools.cache
 def own_definitions():
     """Names that this package defines as methods, functions or attributes, or that a named tuple has."""
     found = {"_replace", "_fields", "_asdict"}

@@ -191,12 +191,11 @@ def with_monitor(batch, options):
     return inputs, options | {"gamma": [*gammas[:at], 0.37, *gammas[at:]]}
 
 
-@every_unit
 @every_order
 @every_scale
 @every_estimator
 @few
-@given(batch=batches)
+@given(batch=batches, unit=st.sampled_from(UNITS))
 def test_a_source_of_weight_0_changes_no_bit(batch, estimator, scale, order, unit):
     options = batch.options(estimator, scale, order, unit)
     inputs, monitored = with_monitor(batch, options)

@@ -10,7 +10,7 @@ from tests.support.two_processes import SHARDINGS, under
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one(models_of_parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     resume_worker.main(models_of_parts / "resuming", folder)

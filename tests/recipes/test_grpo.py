@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import equation_steps
@@ -345,6 +344,8 @@ def test_lines_that_end_in_one_token_are_one_step(byte_tokenizer):
     assert (steps.ends, steps.values) == ([4, 9], [0.0, 1.0])
 
 
+# In the process that loads it for other tests too, which takes seconds
+@pytest.mark.xdist_group("tokenizers")
 def test_steps_with_the_tokenizer_of_smollm2(smollm2_tokenizer):
     lines = ["Énoncé: 14 + 9 = 23.", "", "23 − 21 = 2 😀\t", "2 + 2 = 5\n\n", "10 - 5 = 5"]
     text = "\n".join(lines) + "<|im_end|>"
@@ -383,7 +384,7 @@ def test_score_is_the_task_s_own():
 # --- A whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, reward_file):
+def test_two_steps_of_the_config_on_a_tiny_model(forked_python, tmp_path, byte_tokenizer, reward_file):
     end = byte_tokenizer.eos_token_id
     sizes = {"vocab_size": len(byte_tokenizer), "max_position_embeddings": 512}
     model = save_tiny_model(tmp_path / "model", pad_token_id=end, bos_token_id=end, eos_token_id=end, **sizes)
@@ -395,7 +396,7 @@ def test_two_steps_of_the_config_on_a_tiny_model(tmp_path, byte_tokenizer, rewar
         --reward_funcs {reward_file}:lower reasoning_gym_task.task_score --gamma 0.9 1.0
         --max_completion_length 8 --eval_steps 2 --eval_size 16 --learning_rate 0.01
     """
-    run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=600)
+    run = subprocess.run([forked_python, *command.split()], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     assert unexpected_lines(run.stderr) == []
 

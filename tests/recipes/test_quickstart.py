@@ -4,7 +4,6 @@ import json
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -172,8 +171,8 @@ def test_it_is_short_enough_to_be_read_at_once():
     assert len(Path(quickstart.__file__).read_text().splitlines()) <= 150
 
 
-def run_quickstart(output_dir: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> dict:
-    command = [sys.executable, *launcher, "recipes/quickstart.py", "--output_dir", str(output_dir), *arguments]
+def run_quickstart(python: str, output_dir: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> dict:
+    command = [python, *launcher, "recipes/quickstart.py", "--output_dir", str(output_dir), *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     assert unexpected_lines(run.stderr) == []
@@ -194,8 +193,8 @@ def check_files(output_dir: Path, metrics: dict) -> None:
     assert {"trl_grpo_ext", "trl", "torch"} <= set(metrics["versions"])
 
 
-def test_short_run_writes_its_files_and_the_report_of_its_credit(tmp_path):
-    metrics = run_quickstart(tmp_path, *SHORT, "--log_credit", "2")
+def test_short_run_writes_its_files_and_the_report_of_its_credit(forked_python, tmp_path):
+    metrics = run_quickstart(forked_python, tmp_path, *SHORT, "--log_credit", "2")
     assert metrics["processes"] == 1
     check_files(tmp_path, metrics)
     write_report([str(tmp_path)])
@@ -204,8 +203,8 @@ def test_short_run_writes_its_files_and_the_report_of_its_credit(tmp_path):
 
 
 @pytest.mark.distributed
-def test_short_run_on_two_processes(tmp_path):
+def test_short_run_on_two_processes(forked_python, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    metrics = run_quickstart(tmp_path, *SHORT, launcher=launcher)
+    metrics = run_quickstart(forked_python, tmp_path, *SHORT, launcher=launcher)
     assert metrics["processes"] == 2
     check_files(tmp_path, metrics)

@@ -9,7 +9,7 @@ from tests.support.two_processes import SHARDINGS, under
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one(models_of_parts, tmp_path_factory):
     """What one process sees."""
     return reward_model_worker.score(models_of_parts / "reward_models", tmp_path_factory.mktemp("one"))

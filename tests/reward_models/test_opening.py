@@ -12,6 +12,7 @@ from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel, ProcessRewardModel,
 from trl_grpo_ext.reward_models import checkpoint, presets, progress
 from trl_grpo_ext.reward_models import opening as opening_module
 from trl_grpo_ext.reward_models.opening import load_reward_model, open_reward_model, open_reward_models
+from trl_grpo_ext.reward_models.remote import transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel
 from trl_grpo_ext.steps.segmentation import Segmentation
 
@@ -105,10 +106,10 @@ def test_scoring_that_takes_long_has_a_bar_for_each_model_that_leaves_nothing(
     """Of a local process model, a sequence classifier and a server, of which the last scores in another thread."""
     monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
 
-    async def answer(self, client, address, payload):
+    async def answer(self, payload, before=None):
         return {"rewards": [float(len(query)) for query in payload["query"]]}
 
-    monkeypatch.setattr(RemoteOutcomeRewardModel, "_post", answer)
+    monkeypatch.setattr(transport.Session, "post", answer)
     classifier = LlamaForSequenceClassification.from_pretrained(
         save_tiny_model(tmp_path / "classifier", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
     )

@@ -57,16 +57,16 @@ def free_port():
 class Server:
     """A server process, killed at the end; its command line ends with the port."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, python=sys.executable):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.arguments = [sys.executable, "-m", *command, str(self.port)]
+        self.arguments = [python, "-m", *command, str(self.port)]
         self.start()
 
     @classmethod
     @contextlib.contextmanager
-    def command(cls, *command):
-        server = cls(*command)
+    def command(cls, *command, **options):
+        server = cls(*command, **options)
         try:
             yield server.wait_until_ready()
         finally:
@@ -478,12 +478,13 @@ def test_a_request_that_is_too_large_is_not_sent_again_and_costs_only_its_comple
     assert "status 413" in caplog.text and "stay unjudged" in caplog.text
 
 
-def test_the_command_serves_a_real_model_on_loopback(tmp_path):
+def test_the_command_serves_a_real_model_on_loopback(forked_python, tmp_path):
     folder = save_tiny_model(tmp_path, LlamaForTokenClassification)
     problems, steps = ["1 + 1", "3", "4"], [["2", "so 2"], ["ab" * 30, "b", "c" * 80], []]
     expected = ProcessRewardModel.from_pretrained(folder).score_steps(problems, steps)
     assert [score is None for score in expected[1]] == [False, False, True]
-    with Server.command("trl_grpo_ext.serve", folder, "--device", "cpu", "--port") as server:
+    command = ["trl_grpo_ext.serve", folder, "--device", "cpu", "--port"]
+    with Server.command(*command, python=forked_python) as server:
         assert scored(process(server.url), problems, steps) == expected
         assert scored(process(server.url, batch_size=1), problems, steps) == [
             [score if score is None else pytest.approx(score, abs=1e-6) for score in own] for own in expected

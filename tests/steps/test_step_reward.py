@@ -51,6 +51,7 @@ def lengths(steps):
 # Where the rewards lie
 
 
+@pytest.mark.xdist_group("tokenizers")
 def test_blank_lines_within_qwen_s_tokens():
     """No token of this text is "\\n" or "\\n\\n": a search for one finds no step."""
     tokenizer = load_tokenizer("qwen")
@@ -73,6 +74,7 @@ WHOLE = ["\\[\nx^2 = 9\n\\]", "$$\na\n= b\n$$", "```python\na = 1\n\n\nb = 2\n``
 SEPARATORS = {"blank_line": ["\n\n", "\n \n", "\n\n\n"], "newline": ["\n", "\n\n"]}
 
 
+@pytest.mark.xdist_group("tokenizers")
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("by", SEPARATORS)
 @settings(max_examples=60, deadline=None)
@@ -508,6 +510,7 @@ async def judge_conversation(problem, steps, **columns):
     return [float(columns["answer"] in step) for step in steps]
 
 
+@pytest.mark.xdist_group("tokenizers")
 def test_the_trainer_gives_the_tokenizer_and_trains_on_the_placed_rewards(tmp_path):
     tokenizer = load_tokenizer("qwen")
     model = save_tiny_model(tmp_path / "model", vocab_size=len(tokenizer))

@@ -1,14 +1,13 @@
 """Two processes under each of the ways to share a model among them, from the repository's own accelerate configs."""
 
-import contextlib
 import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.support.fork_server import end_tree
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,14 +31,18 @@ ENVIRONMENT = {
 }
 
 
-def launch(sharding: str, module: str, *arguments: str, timeout: float = 600) -> None:
-    """Run a module in two processes that talk over gloo; a failure if either fails, or both take too long."""
+def launch(python: str, sharding: str, module: str, *arguments: str, timeout: float = 600) -> None:
+    """
+    Run a module in two processes that talk over gloo; a failure if either fails, or both take too long.
+
+    The launcher and the two are started by the given Python, which may be that of the fork server.
+    """
     if sharding.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("not installed: deepspeed")
     # With DeepSpeed, accelerate would leave that out
     cpu = {} if sharding.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(
-        [sys.executable, "-m", *LAUNCHERS[sharding], "-m", module, *arguments],
+        [python, "-m", *LAUNCHERS[sharding], "-m", module, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, **ENVIRONMENT, **cpu},
         stdout=subprocess.PIPE,
@@ -49,18 +52,10 @@ def launch(sharding: str, module: str, *arguments: str, timeout: float = 600) ->
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        _end(process.pid)
+        end_tree(process.pid)
         printed, _ = process.communicate()
         pytest.fail(f"no end after {timeout} s:\n{printed[-5000:]}")
     finally:
         if process.poll() is None:
-            _end(process.pid)
+            end_tree(process.pid)
     assert process.returncode == 0, printed[-5000:]
-
-
-def _end(pid: int) -> None:
-    # The launcher gives each process a session of its own, so that ending its process group would leave them running
-    launcher = psutil.Process(pid)
-    for process in [launcher, *launcher.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()

@@ -45,11 +45,11 @@ class TwoProcesses(NamedTuple):
     folder: Path
 
     @classmethod
-    def started(cls, sharding: str, models: Path, folder: Path) -> "TwoProcesses":
+    def started(cls, python: str, sharding: str, models: Path, folder: Path) -> "TwoProcesses":
         """Start them, and wait until they have run all parts."""
         for part in PARTS:
             (folder / part).mkdir()
-        launch(sharding, "tests.support.launched", str(models), str(folder), sharding)
+        launch(python, sharding, "tests.support.launched", str(models), str(folder), sharding)
         return cls(sharding, folder)
 
     def seen(self, part: str) -> list[Any]:

@@ -151,8 +151,8 @@ class RemoteProcessRewardModel(RemoteRewardModel):
 
     Args:
         segmentation (`Segmentation` or its argument `by`, *optional*):
-            How completions are cut into steps, and which part of them has steps; by default as the preset says, without
-            one at blank lines.
+            How completions are cut into steps, and which part of them has steps. By default as the preset says, else
+            at blank lines.
         policy_tokenizer (*optional*):
             The policy's tokenizer, which decodes the completions; the trainer sets it.
         reduce (`str`, *optional*):
