@@ -110,7 +110,7 @@ def is_judged(stream):
 
 
 def position_advantages(returns, judged, group_size, baseline, scale, eps):
-    """Returns compared with the group's returns at the same token index (the seed document). Baseline "all" counts
+    """Returns compared with the group's returns at the same token index (the project's first sketch). Baseline "all" counts
     completions that have ended as return 0, "active" leaves them out. With "leave_one_out" the mean is that of the
     others, ended ones as 0: of n values, `x - mean of the others = n / (n - 1) (x - mean)`."""
     advantages = [np.zeros(len(r)) for r in returns]
@@ -384,12 +384,12 @@ def rloo_advantages(rewards_N, group_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The seed document's detailed loop
+# The detailed loop of the project's first sketch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def seed_process_advantages(rewards_KNT, mask_NT, weights_K, group_size, gamma=0.99):
-    """The seed document's `compute_process_advantages`: weighted token rewards, 0 outside the mask, discounted, and at
+    """The first sketch's `compute_process_advantages`: weighted token rewards, 0 outside the mask, discounted, and at
     each index compared across the group (ddof 1, eps 1e-8). Outside the mask the document leaves values: its loss
     multiplies them by the mask, and so must a comparison."""
     rewards = np.zeros(np.shape(mask_NT))
@@ -416,7 +416,7 @@ def seed_loss(
     logits_NTV, ref_logits_NTV, tokens_NT, old_logp_NT, advantages_NT, mask_NT, *, epsilon=0.2, beta=0.01, max_len=None
 ):
     """
-    Loss of the seed document's detailed loop, `policy + beta * KL`, and its two terms: `(loss, policy, kl)`.
+    Loss of the first sketch's detailed loop, `policy + beta * KL`, and its two terms: `(loss, policy, kl)`.
 
     `policy = -sum(min(ratio * A, clip(ratio) * A) * mask) / (N * max_len)`, the mean over all positions, padding
     included; `max_len` is the width that the document pads to (default: T). `kl = sum(KL * mask) / sum(mask)`, the

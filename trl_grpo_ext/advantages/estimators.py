@@ -121,7 +121,7 @@ class Estimator:
 
 def normalize_by_position(inputs: EstimatorInputs, *, position_baseline: str = "all") -> torch.Tensor:
     r"""
-    Returns normalised across the group at each token index: the seed document's order, return, then normalise.
+    Returns normalised across the group at each token index: return, then normalise.
 
     `A_{i,t} = (R_{i,t} - mean_j R_{j,t}) / (std_j R_{j,t} + eps)`
 
