@@ -22,6 +22,7 @@ from trl_grpo_ext.credit.step_table import (
     number_text,
     print_steps,
     printable,
+    prompt_text,
     step_lines,
 )
 
@@ -264,3 +265,9 @@ def test_under_outcome_supervision_it_is_trls_table_to_the_letter(tiny_model, tm
     run(GRPOExtTrainer, tiny_model, tmp_path / "ours", [sums_of_steps])
     found = [output[output.index("╭") : output.index("╯")] for output in (capsys.readouterr().out, theirs)]
     assert found[0] == found[1] and "sums" in found[0]
+
+
+def test_what_a_prompt_or_an_advantage_may_be_is_printed():
+    call = {"role": "assistant", "content": [{"type": "text", "text": None}], "tool_calls": [{"name": "f"}]}
+    assert prompt_text([call]) == "assistant:  {'name': 'f'}"
+    assert advantage_colour(float("nan"), 1.0) == advantage_colour(1.0, float("inf")) == advantage_colour(0.0, 1.0)

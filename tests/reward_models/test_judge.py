@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import pickle
 import traceback
 from types import SimpleNamespace
@@ -28,8 +29,9 @@ from trl_grpo_ext import (
     open_reward_models,
     rubric_format,
 )
+from trl_grpo_ext.reward_models.remote.answer_cache import AnswerCache
 from trl_grpo_ext.reward_models.remote.judge import JudgeBudgetError, _read_reply
-from trl_grpo_ext.reward_models.remote.protocols import RewardServerError
+from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, _number
 
 
 PROMPTS = ["1+1?", "1+1?", "2+2?"]
@@ -191,6 +193,9 @@ def test_a_key_is_sent_and_shown_nowhere(server, monkeypatch, tmp_path, caplog):
     shown += traceback.format_exception(failed.value)
     assert any("Bearer ***" in text for text in echo_logs) and "because of 401 Bearer ***" in shown[-1]
     assert not any(KEY in text or other in text for text in shown)
+    with pytest.raises(RewardServerError) as cut:
+        rewards_of(judge_of(server, "long_status/401", api_key_env="JUDGE_KEY"))
+    assert KEY[:6] not in str(cut.value) and "***" in str(cut.value)
     for wrong in ("sk-" + KEY, "two words", KEY):
         with pytest.raises(ValueError, match="name of an environment variable") as refused:
             judge_of(server, "good", api_key_env=wrong)
@@ -264,6 +269,9 @@ def test_columns_go_where_the_template_names_them(server):
             [1, 0, None, None],
         ),
         ("thinkprm", r"<think>\boxed{incorrect}? no.</think>1: \boxed{correct}", 1, [1.0]),
+        # A verdict on the whole at the end is none on a step
+        ("thinkprm", r"<think>\boxed{correct} \boxed{incorrect}</think>So \boxed{incorrect}", 2, [1.0, 0.0]),
+        ("verdicts", 'Here:\n```json\n{"steps": [{"step": 1, "correct": true}]}\n```', 1, [1.0]),
         ("thinkprm", r"Step 1: \boxed{correct}", 2, None),
         ("thinkprm", r"\boxed{correct} \boxed{correct} \boxed{correct}", 2, None),
         ("genprm", "<analyze>\\boxed{No}</analyze><output>\n**Judgement**: $\\boxed{Yes}$\n</output>", 1, [1.0]),
@@ -366,6 +374,78 @@ def test_an_outcome_is_one_number_and_images_go_along(server, tmp_path):
 def test_what_cannot_work_is_refused_at_once(options, error, message):
     with pytest.raises(error, match=message):
         JudgeSteps("http://localhost", "m", **options)
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"user": "{{gold-answer}}"}, "no field"),
+        ({"user": "{{class}}"}, "class"),
+        ({"user": "{{prompt}}"}, "prompt"),
+        ({"user": "{{1}}"}, "1"),
+        ({"user": "{{step}}"}, "next_user"),
+        ({"user": "{{steps}}", "step": "{{number}} of {{count}}"}, "count"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_refused_when_it_is_made(templates, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(JUDGE_FORMATS["verdicts"], **templates)
+
+
+def test_fields_may_have_blanks():
+    spaced = dataclasses.replace(JUDGE_FORMATS["verdicts"], user="{{ problem }}: {{ answer }}")
+    assert spaced.columns == ["answer"]
+    assert spaced.fill(spaced.user, "2 + 3", ["5"], "5", {"answer": "5"}) == "2 + 3: 5"
+
+
+@pytest.mark.parametrize("answer", ['{"steps":' + "[" * 100_000, f'{{"steps": [{{"correct": 1{"0" * 400}}}]}}'])
+def test_no_answer_stops_the_training(answer):
+    fixed = dataclasses.replace(JUDGE_FORMATS["verdicts"], parse=lambda text, count: [json.loads(text)["steps"]])
+    judge = JudgeSteps("http://localhost", "m", format=fixed, on_failure="none")
+
+    class Answers:
+        async def ask(self, messages, schema):
+            return answer
+
+    with pytest.raises(Exception, match="does not parse"):
+        asyncio.run(judge._ask(Answers(), [], 1))
+
+
+@pytest.mark.parametrize("value", [10**400, 1e300, float("nan"), "1", True])
+def test_what_is_no_reward_of_float32_is_refused(value):
+    with pytest.raises(RewardServerError, match="finite number of float32"):
+        _number(value, "a reward")
+
+
+def test_a_cache_holds_texts_only_and_a_full_disk_stops_nothing(tmp_path, caplog, monkeypatch):
+    cache = AnswerCache(tmp_path)
+    for content in ('{"answer": null}', "[" * 200_000, "{}"):
+        cache.put("ab", "yes")
+        (stored,) = tmp_path.rglob("*.json")
+        stored.write_text(content)
+        assert cache.get("ab") is None
+    cache.put("ab", "yes")
+    assert cache.get("ab") == "yes"
+    with pytest.raises(ValueError, match="which is a file"):
+        AnswerCache(stored)
+
+    def full(*names):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with caplog.at_level(logging.WARNING):
+        cache.put("cd", "yes")
+    assert "No space left" in caplog.text and cache.get("cd") is None
+
+
+def test_a_refusal_is_asked_again_and_another_server_is_another_judge(server, tmp_path):
+    refused = judge_of(server, "refusal", cache=tmp_path)
+    assert rewards_of(refused) == [None, None, EXPECTED[2]]
+    assert not list(tmp_path.rglob("*.json"))
+    rewards_of(judge_of(server, "good", cache=tmp_path))
+    other = judge_of(server, "prose", cache=tmp_path)
+    assert rewards_of(other) == [None, None, EXPECTED[2]]
+    assert other.usage.cached == 0
 
 
 def test_a_format_of_steps_is_not_for_outcomes():

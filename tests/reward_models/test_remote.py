@@ -991,3 +991,13 @@ def test_labels_come_from_the_column_that_is_named():
 def test_what_cannot_work_is_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         RemoteProcessRewardModel(**{"url": "http://localhost", **options})
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://alice:secret@10.0.0.1:1", "alice:secret@10.0.0.1:1", "http://u:secret/w@rd@10.0.0.1:1"]
+)
+def test_the_password_of_a_proxy_is_not_shown(monkeypatch, proxy):
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"http": proxy})
+    monkeypatch.setattr("urllib.request.proxy_bypass", lambda host: False)
+    hint = transport._proxy_hint(httpx.URL("http://reward.example"), True)
+    assert "10.0.0.1:1" in hint and "secret" not in hint and "alice" not in hint and "rd" not in hint.split(" of ")[0]

@@ -181,6 +181,16 @@ def test_every_turn_thinks_for_itself(tokenizer):
     assert [text for text, _ in cut(tokenizer, ids, "thinking", mask=mask)] == [*THOUGHT, "It says 7."]
 
 
+def test_thinking_goes_on_behind_a_tool_until_it_is_closed(tokenizer):
+    turns = [
+        encode(tokenizer, text) for text in ("<think>Call it.", "7", "Still thinking.", "8", "So</think>It is 8.")
+    ]
+    mask = [own for own, turn in zip([1, 0, 1, 0, 1], turns, strict=True) for _ in turn]
+    ids = sum(turns, [])
+    assert [text for text, _ in cut(tokenizer, ids, mask=mask)] == ["It is 8."]
+    assert [text for text, _ in cut(tokenizer, ids, "thinking", mask=mask)] == ["Call it.", "Still thinking.", "So"]
+
+
 def test_what_stands_before_a_turn_may_have_opened_thinking(tokenizer):
     cut_off = encode(tokenizer, "Okay.\n\nThen")
     prompt = "<|im_start|>assistant\n<think>\n"

@@ -110,7 +110,7 @@ def is_judged(stream):
 
 
 def position_advantages(returns, judged, group_size, baseline, scale, eps):
-    """Returns compared with the group's returns at the same token index (the project's first sketch). Baseline "all" counts
+    """Returns compared with the group's returns at the same token index. Baseline "all" counts
     completions that have ended as return 0, "active" leaves them out. With "leave_one_out" the mean is that of the
     others, ended ones as 0: of n values, `x - mean of the others = n / (n - 1) (x - mean)`."""
     advantages = [np.zeros(len(r)) for r in returns]

@@ -106,6 +106,8 @@ def chat_completion(asked, how, authorization):
         answer = f"<think>Hm. \\boxed{{{'No' if 'wrong' in text else 'Yes'}}}"
     elif how in ("prose", "echo"):
         answer = authorization if how == "echo" else "I would rather not."
+    elif how == "refusal":
+        answer = None
     else:
         data = json.loads(text)
         verdicts = [{"step": s["step"], "critique": "", "correct": "wrong" not in s["text"]} for s in data["steps"]]
@@ -153,6 +155,9 @@ def strange_app():
         asked = await request.json()
         if how == "status":
             return Response(f"because of {argument} {request.headers.get('authorization', '')}", int(argument))
+        if how == "long_status":
+            # Errors show 500 characters of it, which end within the key
+            return Response("x" * 480 + request.headers["authorization"], int(argument))
         if how == "flaky" and number <= int(argument):
             return Response("try again", 503)
         if how == "slow":

@@ -1,5 +1,6 @@
 """The table of completions in the terminal, with each step on a line of its own, beside what it earned."""
 
+import math
 import random
 import unicodedata
 from collections.abc import Mapping, Sequence, Set
@@ -125,8 +126,8 @@ def prompt_text(prompt: Any) -> str:
 def _message_text(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     if not isinstance(content, str):
-        content = " ".join(part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in content)
-    calls = [str(call["function"]) for call in message.get("tool_calls") or []]
+        content = " ".join((part["text"] or "") if part["type"] == "text" else f"[{part['type']}]" for part in content)
+    calls = [str(call.get("function", call)) for call in message.get("tool_calls") or []]
     return " ".join([content, *calls] if content else calls)
 
 
@@ -147,7 +148,8 @@ def advantage_colour(advantage: float, largest: float) -> str:
         largest (`float`):
             The largest absolute value, which has the full colour.
     """
-    share = abs(advantage) / largest if largest else 0.0
+    # 0 for what is not finite, too
+    share = abs(advantage) / largest if 0 < largest < math.inf and abs(advantage) <= largest else 0.0
     end = _POSITIVE if advantage > 0 else _NEGATIVE
     mixed = [round(middle + share * (full - middle)) for middle, full in zip(_ZERO, end, strict=True)]
     return "#" + "".join(f"{value:02x}" for value in mixed)

@@ -22,12 +22,14 @@ STEP_WORDS = (
     *("步骤", "步驟", "ステップ", "手順", "단계", "الخطوة", "خطوة", "चरण"),
 )
 _NUMBER = r"(?:\d{1,3}|[一二三四五六七八九十]{1,3})"
-_CHINESE = rf"第[ \t]*{_NUMBER}[ \t]*步"
-_WORD = rf"(?:{'|'.join(STEP_WORDS)})[ \t]*(?:[#(（-][ \t]*)?{_NUMBER}"
-_LABEL = rf"(?:{_WORD}|{_CHINESE}|\d{{1,3}}[ \t]*단계)(?!\d|[.．]\d)"
+# French has a space before a colon that does not break
+_BLANK = r"[ \t\u00a0\u202f]"
+_CHINESE = rf"第{_BLANK}*{_NUMBER}{_BLANK}*步"
+_WORD = rf"(?:{'|'.join(STEP_WORDS)}){_BLANK}*(?:[#(（-]{_BLANK}*)?{_NUMBER}"
+_LABEL = rf"(?:{_WORD}|{_CHINESE}|\d{{1,3}}{_BLANK}*단계)(?!\d|[.．]\d)"
 # Headings, quotes, bold and bullets, and the marks of the direction of writing
 _MARKS = r"[#>*_•\u200e\u200f \t-]*"
-_END = r"(?:[*_ \t]*(?:[:：.．、)）]|[-–—]+[ \t]|\r?$))"
+_END = r"(?:[*_ \t\u00a0\u202f]*(?:[:：.．、)）]|[-–—]+[ \t]|\r?$))"
 
 _WORDED = re.compile(
     rf"^{_MARKS}{_LABEL}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",

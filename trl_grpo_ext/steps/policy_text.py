@@ -10,7 +10,7 @@ from ..rewards.turns import Turn, find_turns
 from ..rewards.types import StepRewards, plain
 from .alignment import align_tokens, strip_special
 from .segmentation import Segmentation, Step, join_turns, segment
-from .thinking import opens_thinking
+from .thinking import is_unclosed, opens_thinking
 
 
 logger = logging.get_logger(__name__)
@@ -149,12 +149,16 @@ def _steps_of_turns(
     """The steps of a completion, whose first turn follows the text `before`."""
     tags = segmentation.tags
     steps = []
+    # Thinking that goes on behind a tool's output
+    unclosed = False
     for start, end in turns:
         aligned = align_tokens(policy_tokenizer, strip_special(policy_tokenizer, ids[start:end], keep=tags))
         # Before a later turn stands a tool's output, and what the chat template writes after it
         text_before = policy_tokenizer.decode(ids[max(start - _TAG_TOKENS, 0) : start]) if start else before
-        is_open = opens_thinking(text_before, tags)
-        if segmentation.scope is None and segmentation.find_thinking(aligned.text, is_open):
+        is_open = unclosed or opens_thinking(text_before, tags)
+        thinking = segmentation.find_thinking(aligned.text, is_open)
+        unclosed = is_unclosed(thinking, aligned.text)
+        if segmentation.scope is None and thinking:
             warn_of_thinking(source)
         for text, last_token in segment(aligned, segmentation, is_open):
             steps.append(Step(text, start + last_token))

@@ -35,9 +35,10 @@ from .spans import Span, blank_out, outside
 
 
 # The line of a fence. A language is one word, and may have attributes
+# The blanks before it are possessive: otherwise each would be tried as one after a fence without a language
 _FENCE = re.compile(
     r"(?P<before>(?:(?!`{3}|~{3})[^\n])*)(?P<fence>`{3,}|~{3,})"
-    r"[ \t]*(?P<language>[^\s`]+(?:[ \t]+[^\s`=]+=[^\s`]+)*|\{[^\n`]*\}|)[ \t\r]*$",
+    r"[ \t]*+(?P<language>[^\s`]+(?:[ \t]+[^\s`=]+=[^\s`]+)*|\{[^\n`]*\}|)[ \t\r]*$",
     re.MULTILINE,
 )
 _MARKS = re.compile(r"`{3,}|~{3,}")

@@ -132,6 +132,11 @@ def opens_thinking(before: str, tags: Tags) -> bool:
     return before.rstrip().endswith(tuple(opening for opening, _ in tags))
 
 
+def is_unclosed(thinking: Sequence[Thinking], text: str) -> bool:
+    """Whether a turn ends while the policy thinks."""
+    return bool(thinking) and thinking[-1].inner.end == thinking[-1].whole.end == len(text)
+
+
 def without_tags(text: str, tags: Tags) -> str:
     """A text without any of the tags."""
     return _any_tag(tags).sub("", text) if tags else text

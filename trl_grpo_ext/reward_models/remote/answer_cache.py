@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+logger = logging.getLogger(__name__)
 
 
 def content_key(question: Mapping[str, Any]) -> str:
@@ -24,27 +28,33 @@ class AnswerCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None):
-        self._folder = None if folder is None else Path(folder)
+        self._folder = None if folder is None else Path(folder).expanduser()
+        if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"cache is {str(folder)!r}, which is a file; give a folder.")
 
     def get(self, key: str) -> str | None:
         """The stored answer, `None` if there is none that is whole."""
         if self._folder is None:
             return None
         try:
-            return str(json.loads(self._path(self._folder, key).read_text(encoding="utf-8"))["answer"])
-        except (OSError, ValueError, LookupError, TypeError):
+            answer = json.loads(self._path(self._folder, key).read_text(encoding="utf-8"))["answer"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
+        return answer if isinstance(answer, str) else None
 
     def put(self, key: str, answer: str) -> None:
-        """Store an answer."""
+        """Store an answer. A full disk is a warning: the answer is paid for, and the training can go on with it."""
         if self._folder is None:
             return
         path = self._path(self._folder, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Killed while it writes, a run must not leave half an answer
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as unfinished:
-            json.dump({"answer": answer}, unfinished)
-        os.replace(unfinished.name, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Killed while it writes, a run must not leave half an answer
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as unfinished:
+                json.dump({"answer": answer}, unfinished)
+            os.replace(unfinished.name, path)
+        except OSError as error:
+            logger.warning("An answer of the judge is not stored: %s", error)
 
     @staticmethod
     def _path(folder: Path, key: str) -> Path:

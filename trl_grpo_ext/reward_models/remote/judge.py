@@ -4,12 +4,10 @@ import asyncio
 import copy
 import inspect
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import httpx
@@ -26,7 +24,7 @@ from ..progress import scoring_bar
 from .answer_cache import AnswerCache, content_key
 from .images import images_of, without_images
 from .judge_formats import JUDGE_FORMATS, JudgeFormat
-from .protocols import RewardServerError, shown
+from .protocols import RewardServerError, is_reward, shown
 from .transport import RemoteSource, Session
 
 
@@ -224,7 +222,8 @@ class _Judge(RemoteSource):
         messages.append({"role": "assistant", "content": answer})
         try:
             return _checked(self._format.parse(answer, count), count)
-        except (ValueError, TypeError, LookupError) as error:
+        # RecursionError: JSON that is nested too deep
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise _UnparsedAnswer(
                 f"judge '{self.__name__}': an answer does not parse ({type(error).__name__}: {error}), and its "
                 f"completion stays unjudged: {shown(answer)!r}"
@@ -242,11 +241,13 @@ class _Batch:
 
     async def ask(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None) -> str | None:
         """The judge's answer; `None` where the server failed and `on_failure` is `"none"`."""
-        question = {"model": self._judge.model, "messages": list(messages), **self._judge.request_options}
+        options = self._judge.request_options
+        question: dict[str, Any] = {"model": self._judge.model, "messages": list(messages), **options}
         if schema is not None:
             named = {"name": "judgement", "strict": True, "schema": schema}
             question["response_format"] = {"type": "json_schema", "json_schema": named}
-        key = content_key(question)
+        # Two servers may give one name to two models
+        key = content_key({"address": self.session.address, **question})
         if key not in self._asked:
             self._asked[key] = asyncio.ensure_future(self._answer(key, question))
         return await self._asked[key]
@@ -266,7 +267,9 @@ class _Batch:
         usage.answers += 1
         usage.prompt_tokens += reply.prompt_tokens
         usage.answer_tokens += reply.answer_tokens
-        self._judge._cache.put(key, reply.text)
+        # A refusal is no answer that a later run should meet again
+        if reply.text:
+            self._judge._cache.put(key, reply.text)
         return reply.text
 
 
@@ -399,14 +402,13 @@ def _read_reply(answer: Any, needs_usage: bool) -> _Reply:
     try:
         text = answer["choices"][0]["message"]["content"]
         usage = answer.get("usage") or {}
-        tokens = [
-            usage[name] if needs_usage else usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")
-        ]
-        if not isinstance(text, (str, type(None))) or not all(type(count) is int for count in tokens):
+        names = ("prompt_tokens", "completion_tokens")
+        tokens = [usage[name] if needs_usage else usage.get(name) or 0 for name in names]
+        if not isinstance(text, (str, type(None))) or not all(type(count) in (int, float) for count in tokens):
             raise TypeError(f"content {text!r}, tokens {tokens!r}")
     except (LookupError, TypeError, AttributeError) as error:
         raise RewardServerError(f"not a chat completion ({type(error).__name__}: {error}): {shown(answer)}") from None
-    return _Reply(text or "", *tokens)
+    return _Reply(text or "", *map(int, tokens))
 
 
 def _checked(values: Any, count: int) -> list[float | None]:
@@ -415,6 +417,6 @@ def _checked(values: Any, count: int) -> list[float | None]:
     if len(values) != count:
         raise ValueError(f"{len(values)} verdicts for {count} step(s)")
     for value in values:
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            raise ValueError(f"{value!r} is no finite number")
+        if value is not None and not is_reward(value):
+            raise ValueError(f"{shown(value)} is no finite number of float32")
     return [None if value is None else float(value) for value in values]

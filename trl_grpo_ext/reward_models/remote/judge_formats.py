@@ -7,6 +7,7 @@ it as JSON, whose structure no text in it can change.
 """
 
 import json
+import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from typing import Any, Literal
 # What a parser gives for each step
 Values = Sequence[float | None]
 
-_FIELD = re.compile(r"\{\{(\w+)\}\}")
+_FIELD = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+# What is between two braces and no field: a misspelt one would go to the judge as it stands
+_NO_FIELD = re.compile(r"\{\{(?!\s*\w+\s*\}\})[^{}\n]*\}\}")
+_STEP_TEMPLATE_FIELDS = ("number", "text")
 # The fields that are no columns of the dataset
 _OWN_FIELDS = ("problem", "steps", "step", "count", "completion", "data")
 _STEP_FIELDS = ("steps", "step", "count")
@@ -73,9 +77,25 @@ class JudgeFormat:
     def __post_init__(self) -> None:
         if self.kind not in ("process", "outcome"):
             raise ValueError(f"JudgeFormat: kind is {self.kind!r}; known: process, outcome.")
+        self._check_fields()
         of_steps = sorted(self.fields & set(_STEP_FIELDS)) + ([] if self.next_user is None else ["next_user"])
         if self.kind == "outcome" and of_steps:
             raise ValueError(f"JudgeFormat: an outcome has no {', '.join(of_steps)}.")
+
+    def _check_fields(self) -> None:
+        templates = {"system": self.system, "user": self.user, "next_user": self.next_user, "step": self.step}
+        for name, template in templates.items():
+            strange = _NO_FIELD.search(template or "")
+            if strange is not None:
+                raise ValueError(f"JudgeFormat: {strange[0]} in `{name}` is no field, such as {{{{problem}}}}.")
+        unknown = sorted(set(_FIELD.findall(self.step)) - set(_STEP_TEMPLATE_FIELDS))
+        if unknown:
+            raise ValueError(f"JudgeFormat: `step` has {{{{{unknown[0]}}}}}; it has {{{{number}}}} and {{{{text}}}}.")
+        for name in self.columns:
+            if name == "prompt" or not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"JudgeFormat: {{{{{name}}}}} is neither a field nor the name of a column.")
+        if "step" in self.fields and self.next_user is None and self.kind == "process":
+            raise ValueError("JudgeFormat: {{step}} is a field where `next_user` asks step by step; else {{steps}}.")
 
     @property
     def fields(self) -> set[str]:
@@ -141,9 +161,9 @@ def _data(problem: str, steps: Sequence[str] | None, completion: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """The JSON of an answer, after its thoughts and without a code fence; `ValueError` if it is none."""
+    """The JSON of an answer, after its thoughts and in a code fence or not; `ValueError` if it is none."""
     answer = text.rpartition("</think>")[2].strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer, re.DOTALL)
+    fenced = re.search(r"```(?:json)?\s*([\[{].*)```$", answer, re.DOTALL)
     return json.loads(answer if fenced is None else fenced[1])
 
 
@@ -185,7 +205,10 @@ def _parse_first_error(text: str, count: int) -> Values:
 def _parse_thinkprm(text: str, count: int) -> Values:
     # It writes its verdicts while it thinks; some repeat them in the end
     pattern = r"\\boxed\{(correct|incorrect)\}"
-    verdicts = re.findall(pattern, text.rpartition("</think>")[2]) or re.findall(pattern, text)
+    thoughts, _, end = text.rpartition("</think>")
+    repeated = re.findall(pattern, end)
+    # At the end there may be one verdict on the whole
+    verdicts = repeated if len(repeated) == count else re.findall(pattern, thoughts) or repeated
     values = [float(verdict == "correct") for verdict in verdicts]
     # It was taught to stop after a wrong step
     stopped = len(values) < count and values[-1:] == [0.0]

@@ -16,6 +16,8 @@ VLLM_STEPS_PATH = "/pooling"
 VLLM_OUTCOMES_PATH = "/classify"
 
 _SHOWN_CHARACTERS = 500
+# The largest float32
+LARGEST_REWARD = 3.4028234663852886e38
 
 
 class RewardServerError(RuntimeError):
@@ -73,9 +75,15 @@ def _entry(answer: Any, name: str) -> Any:
     return answer[name]
 
 
+def is_reward(value: Any) -> bool:
+    """Whether a value is a finite number in float32, as rewards are."""
+    # False for NaN. A whole number may be too large to become a float at all
+    return isinstance(value, Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD  # type: ignore[operator]
+
+
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise RewardServerError(f"{what} is {shown(value)!r}, which is not a finite number.")
+    if isinstance(value, bool) or not is_reward(value):
+        raise RewardServerError(f"{what} is {shown(value)!r}, which is not a finite number of float32.")
     return float(value)
 
 

@@ -201,6 +201,8 @@ class Session:
         self._last_answer = time.monotonic()
         self._next_notice = _FIRST_NOTICE
         given = [value for name, value in client.headers.items() if name not in _OWN_HEADERS]
+        # What the query of a url holds is no header, and may be a key all the same
+        given += httpx.URL(url).params.values()
         self._secrets = [
             part for value in given for part in value.removeprefix(_BEARER).split() if len(part) >= _SHORTEST_SECRET
         ]
@@ -257,7 +259,7 @@ class Session:
                 "POST", self._url, content=body, headers={"Content-Type": "application/json"}
             )
             async with request as response:
-                encoding = response.headers.get("content-encoding", "identity")
+                encoding = response.headers.get("content-encoding", "identity").lower()
                 if encoding != "identity":
                     raise RewardServerError(f"the answer is compressed ({encoding}), which was not asked for.")
                 async for chunk in response.aiter_raw():
@@ -265,7 +267,11 @@ class Session:
                     if len(received) > self._source.max_answer_bytes:
                         limit = self._source.max_answer_bytes
                         raise RewardServerError(f"the answer has more than max_answer_bytes={limit} bytes.")
-        return _Answer(response.status_code, response.headers, bytes(received))
+        # Before any of it is cut to be shown: a part of a secret would not be found
+        body = bytes(received)
+        for secret in self._secrets:
+            body = body.replace(secret.encode(), b"***")
+        return _Answer(response.status_code, response.headers, body)
 
     def _note_answer(self) -> None:
         now = time.monotonic()
@@ -298,7 +304,7 @@ class Session:
         await asyncio.sleep(pause)
 
     def without_secrets(self, text: str) -> str:
-        """A text as it may be shown: without the values of the headers that were given."""
+        """A text as it may be shown: without the values of the headers and the query that were given."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
@@ -354,7 +360,7 @@ def _proxy_hint(url: httpx.URL, trust_env: bool) -> str:
     if proxy is None:
         return ""
     # Its user and password are nobody's business
-    proxy = re.sub(r"//[^/@]*@", "//", proxy)
+    proxy = re.sub(r"^(\w+://)?.*@", r"\1", proxy)
     return f" (through the proxy {proxy} of the environment; trust_env=False goes without it)"
 
 
