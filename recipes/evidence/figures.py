@@ -51,9 +51,9 @@ def differences(rows: Rows, base: Rows, column: str) -> list[float]:
     return [value - there[seed] for seed, value in by_seed(rows, column).items() if seed in there]
 
 
-def plus_minus(values: Sequence[float], form: str = "{:.3f}") -> str:
-    """`mean ± standard deviation`."""
-    return f"{form.format(mean(values))} ± {form.format(spread(values))}"
+def plus_minus(values: Sequence[float], digits: str = ".3f", sign: str = "") -> str:
+    """`mean ± standard deviation`; with the sign `+`, a mean above 0 has one."""
+    return f"{mean(values):{sign}{digits}} ± {spread(values):{digits}}"
 
 
 def table_of_arms(rows: Rows, columns: Sequence[str], base: str | None = None) -> list[list[str]]:
@@ -77,7 +77,7 @@ def table_of_arms(rows: Rows, columns: Sequence[str], base: str | None = None) -
         line += [plus_minus(list(by_seed(own, column).values())) for column in columns]
         if base:
             more = differences(own, arms[base], columns[0])
-            line += [plus_minus(more, "{:+.3f}"), f"{sum(value > 0 for value in more)}/{len(more)}"]
+            line += [plus_minus(more, sign="+"), f"{sum(value > 0 for value in more)}/{len(more)}"]
         lines.append(line)
     return lines
 

@@ -7,13 +7,14 @@ The sources are the quickstart's, one for the steps and one for the answer. In h
 points out of a hundred, so that the rewards of one source are a hundred times those of the other.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from matplotlib.figure import Figure
 from quickstart import judge_answer, judge_steps
 from trl import TrlParser
 
-from evidence.figures import dots, print_arms, save_figure
+from evidence.figures import Rows, dots, print_arms, save_figure
 from evidence.runs import EvidenceArguments, read, run_arms
 
 
@@ -26,22 +27,28 @@ SHARED = {"supervision": "process", "gamma": 0.8, "learning_rate": 1e-4}
 ORDERS = ("sum_then_normalize", "normalize_then_sum")
 SOURCES = {"answer 0 or 1": judge_answer, "answer 0 or 100": points}
 BASE = "sum_then_normalize, answer 0 or 1"
+# Settings and the source of the answer
+ARMS = {
+    f"{order}, {name}": (SHARED | {"multi_objective_aggregation": order}, source)
+    for name, source in SOURCES.items()
+    for order in ORDERS
+}
 
 
-def settings_of(order: str) -> dict[str, Any]:
-    return SHARED | {"multi_objective_aggregation": order}
+def figure(rows: Rows) -> Figure:
+    """Held-out accuracy of every arm."""
+    return dots(rows, "accuracy", "right answers on held-out problems (%)", scale=100)
 
 
 def main(args: EvidenceArguments) -> None:
     """The runs, the table and the figure."""
     path = Path(args.results) / "reward_orders.csv"
-    for name, source in SOURCES.items():
-        arms = {f"{order}, {name}": settings_of(order) for order in ORDERS}
-        run_arms(args, path, arms, reward_funcs=(judge_steps, source))
+    for seed in args.seeds:
+        for arm, (settings, source) in ARMS.items():
+            run_arms(replace(args, seeds=[seed]), path, {arm: settings}, reward_funcs=(judge_steps, source))
     rows = read(path)
     print_arms(rows, ["accuracy", "right_steps"], base=BASE)
-    figure = dots(rows, "accuracy", "right answers on held-out problems (%)", scale=100)
-    save_figure(figure, path.with_suffix(".svg"))
+    save_figure(figure(rows), path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

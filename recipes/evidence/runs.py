@@ -89,18 +89,25 @@ def problems_of_run(args: EvidenceArguments) -> Problems:
     return problems_of(args.seed, **{name: values[name] for name in names})
 
 
-def warmed_up_folder(args: EvidenceArguments) -> Path:
-    """Folder with the warmed-up policy of a seed, which is trained where there is none."""
-    folder = Path(args.output_dir) / f"warmed_up_{args.seed}_{args.warmup_steps}_{args.warmup_accuracy}"
+def kept_policy(args: EvidenceArguments, name: str, train: Callable[[], PreTrainedModel]) -> Path:
+    """Folder with a policy that all arms of a seed start from, which is trained where there is none."""
+    folder = Path(args.output_dir) / f"{name}_{args.seed}_{args.warmup_steps}_{args.warmup_accuracy}"
     if not folder.exists():
         start_process(args.seed)
-        problems = problems_of_run(args)
-        policy = warm_up(problems.warm_up, problems.validation, stop_at=args.warmup_accuracy)
+        policy = train()
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
         save(policy, unfinished)
         os.replace(unfinished, folder)
     return folder
+
+
+def warmed_up(args: EvidenceArguments) -> Path:
+    """Folder with the warmed-up policy of a seed."""
+    problems = problems_of_run(args)
+    return kept_policy(
+        args, "warmed_up", lambda: warm_up(problems.warm_up, problems.validation, stop_at=args.warmup_accuracy)
+    )
 
 
 def shares(policy: PreTrainedModel, reference: PreTrainedModel, problems: Sequence[str]) -> Row:
@@ -144,9 +151,10 @@ def run(
     measure: Measure = shares,
     reward_funcs: Sequence[Callable] = (judge_steps, judge_answer),
     logged: Mapping[str, str] | None = None,
+    start: Callable[[EvidenceArguments], Path] = warmed_up,
 ) -> list[Row]:
     """
-    Train the warmed-up policy of a seed, with the quickstart's settings but for `settings`.
+    Train the policy that all arms of a seed start from, with the quickstart's settings but for `settings`.
 
     Args:
         args ([`EvidenceArguments`]):
@@ -159,11 +167,13 @@ def run(
             By default those of the quickstart.
         logged (`Mapping[str, str]`, *optional*):
             Metrics of the trainer's log to add, by column: their mean over the updates since the evaluation before.
+        start (`Callable`, *optional*):
+            Gives the folder of the policy to start from.
 
     Returns:
         `list[Row]`: a row for each evaluation, with the seconds of the whole run.
     """
-    folder = warmed_up_folder(args)
+    folder = start(args)
     before = measured_before(folder, measure, tuple(problems_of_run(args).held_out))
     # Same completions in all runs of a seed as long as the policies are the same, however the runs before ended
     start_process(args.seed)
@@ -180,9 +190,9 @@ def run(
     trainer.remove_callback(PrinterCallback)
     evaluations = Evaluations(lambda policy: measure(policy, reference, problems.held_out), args.evaluation_steps)
     trainer.add_callback(evaluations)
-    start = time.perf_counter()
+    began = time.perf_counter()
     trainer.train()
-    seconds = round(time.perf_counter() - start, 1)
+    seconds = round(time.perf_counter() - began, 1)
     if trainer.args.log_credit:
         trainer.save_state()
     rows = []

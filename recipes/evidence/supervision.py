@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.figure import Figure
 from trl import TrlParser
 
-from evidence.figures import dots, last_updates, print_arms, save_figure
+from evidence.figures import Rows, dots, last_updates, print_arms, save_figure
 from evidence.runs import EvidenceArguments, read, run_arms
 
 
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-5, 3e-5, 1e-4)
 OUTCOME = "outcome: answer"
 PROCESS = {"supervision": "process", "gamma": 0.8}
 ARMS: dict[str, dict[str, Any]] = {
@@ -52,6 +53,11 @@ def best_rates(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
     return rates
 
 
+def figure(rows: Rows) -> Figure:
+    """Held-out accuracy of every arm."""
+    return dots(rows, "accuracy", "right answers on held-out problems (%)", scale=100)
+
+
 def main(args: EvidenceArguments) -> None:
     """The grid, the runs with the best rates, the table and the figure."""
     grid = Path(args.results) / "supervision_grid.csv"
@@ -63,8 +69,7 @@ def main(args: EvidenceArguments) -> None:
     run_arms(args, path, {arm: settings | {"learning_rate": rates[arm]} for arm, settings in ARMS.items()})
     rows = read(path)
     print_arms(rows, ["accuracy", "right_steps"], base=OUTCOME)
-    figure = dots(rows, "accuracy", "right answers on held-out problems (%)", scale=100)
-    save_figure(figure, path.with_suffix(".svg"))
+    save_figure(figure(rows), path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
