@@ -7,8 +7,6 @@ from statistics import mean, stdev
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 
 Rows = Sequence[Mapping[str, str]]
@@ -83,13 +81,9 @@ def table_of_arms(rows: Rows, columns: Sequence[str], base: str | None = None) -
 
 
 def print_table(lines: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first line is its head."""
-    table = Table(caption="± is the standard deviation over seeds")
-    for name in lines[0]:
-        table.add_column(name, overflow="fold")
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console(width=150).print(table)
+    """Print a table whose first line is its head, as the README has it."""
+    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
+    print("\n".join([head, "|---" * len(lines[0]) + "|", *rest]), flush=True)
 
 
 def print_arms(rows: Rows, columns: Sequence[str], base: str | None = None) -> None:

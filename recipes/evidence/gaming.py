@@ -8,8 +8,8 @@ never looks at the problem. A step that is written again and again pleases it as
 Beside it is `judge_answer`, which cannot be gamed.
 
 The warmed-up policy hardly ever writes a step twice, and would take long to find out that it pays. So it is trained
-for a few more updates on solutions that repeat a step now and then, as chains of thought do. Repeating is neither
-right nor wrong: the answer counts. Completions may have twice the tokens that a solution without repetition takes.
+for a few more updates on solutions that repeat their last step now and then. Repeating is neither right nor wrong: the
+answer counts. Completions may have twice the tokens that a solution without repetition takes.
 
 The first seed's run of each arm leaves a log of credit, of which `python -m trl_grpo_ext.report` makes a page.
 """
@@ -63,18 +63,15 @@ def judge_equations(completion_ids: list[list[int]], **columns) -> list[StepRewa
 
 
 def repeating_solution(problem: str, rng: random.Random) -> str:
-    """The worked solution, with each step written again with probability 1/4, and again with probability 1/4, ..."""
+    """The worked solution, its last step written again with probability 1/4, and again with probability 1/4, ..."""
     *steps, answer = solution_steps(worked_solution(problem))
-    solution = ""
-    for step in steps:
-        solution += step
-        while rng.random() < REPETITION:
-            solution += step
-    return solution + answer
+    while rng.random() < REPETITION:
+        steps.append(steps[-1])
+    return "".join(steps) + answer
 
 
 def repeating_policy(args: EvidenceArguments) -> Path:
-    """Folder with the warmed-up policy of a seed, after some updates on solutions that repeat steps."""
+    """Folder with the warmed-up policy of a seed, after some updates on solutions that repeat their last step."""
     policy = AutoModelForCausalLM.from_pretrained(warmed_up(args))
     # Those that the warm-up has not come to, or that it saw last
     problems = problems_of_run(args).warm_up[-REPETITION_UPDATES * WARM_UP_BATCH :]
@@ -82,7 +79,7 @@ def repeating_policy(args: EvidenceArguments) -> Path:
 
 
 def teach_to_repeat(policy: PreTrainedModel, problems: Sequence[str], rng: random.Random) -> PreTrainedModel:
-    """Train a policy on solutions that repeat steps."""
+    """Train a policy on solutions that repeat their last step."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0.0)
     for first in range(0, len(problems), WARM_UP_BATCH):
         batch = problems[first : first + WARM_UP_BATCH]
@@ -143,6 +140,7 @@ def runs_with_log(args: GamingArguments, path: Path) -> None:
                 replace(args, seeds=[seed]),
                 path,
                 {arm: own},
+                measure=share_of_right_answers,
                 reward_funcs=SOURCES,
                 logged=LOGGED,
                 start=repeating_policy,
@@ -150,11 +148,11 @@ def runs_with_log(args: GamingArguments, path: Path) -> None:
 
 
 def figure(rows: list[dict[str, str]]) -> Figure:
-    """Over the updates: right answers, steps per completion, and what the process reward model thinks of a step."""
+    """Over the updates: right answers, steps per completion, and completions that do not end."""
     panels = {
         "accuracy": ("right answers on held-out problems (%)", 100),
         "steps": ("steps per completion, sampled", 1),
-        "step_reward": ("mean step reward, sampled", 1),
+        "clipped_ratio": ("completions cut at the largest length (%)", 100),
     }
     result = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (column, (label, scale)) in zip(result.subplots(1, len(panels)), panels.items(), strict=True):
@@ -173,7 +171,7 @@ def main(args: EvidenceArguments) -> None:
     path = Path(args.results) / "gaming.csv"
     runs_with_log(args, path)
     rows = read(path)
-    print_arms(rows, ["accuracy", "steps", "step_reward"], base=ALONE)
+    print_arms(rows, ["accuracy", "steps", "clipped_ratio"], base=ALONE)
     save_figure(figure(rows), path.with_suffix(".svg"))
 
 

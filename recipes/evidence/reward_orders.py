@@ -23,7 +23,7 @@ def points(prompts: list[str], completion_ids: list[list[int]], **columns) -> li
     return [100 * reward for reward in judge_answer(prompts, completion_ids)]
 
 
-SHARED = {"supervision": "process", "gamma": 0.8, "learning_rate": 1e-4}
+SHARED = {"supervision": "process", "gamma": 0.8, "learning_rate": 3e-5}
 ORDERS = ("sum_then_normalize", "normalize_then_sum")
 SOURCES = {"answer 0 or 1": judge_answer, "answer 0 or 100": points}
 BASE = "sum_then_normalize, answer 0 or 1"
