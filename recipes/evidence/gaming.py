@@ -152,7 +152,7 @@ def figure(rows: list[dict[str, str]]) -> Figure:
     panels = {
         "accuracy": ("right answers on held-out problems (%)", 100),
         "steps": ("steps per completion, sampled", 1),
-        "clipped_ratio": ("completions cut at the largest length (%)", 100),
+        "clipped_ratio": ("completions cut at 80 tokens (%)", 100),
     }
     result = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (column, (label, scale)) in zip(result.subplots(1, len(panels)), panels.items(), strict=True):

@@ -24,6 +24,7 @@ below, a LoRA adapter for example, has the gradient `sum_t J_t^T dh_t` with the 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,13 +81,25 @@ def worked_batch(tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> dic
     return {**batch, "labels": labels}
 
 
-class States(NamedTuple):
+@dataclass(frozen=True)
+class States:
     """Log-probs `(M, V)` at the visited states, and the LM head `(V, H)`."""
 
     policy: torch.Tensor
     before: torch.Tensor
     reference: torch.Tensor
     head: torch.Tensor
+
+    @cached_property
+    def centre(self) -> torch.Tensor:
+        """Mean row of the head under the policy, `(M, H)`."""
+        return self.policy.exp() @ self.head
+
+    @cached_property
+    def squares(self) -> torch.Tensor:
+        """Squared length of `dh` for each token that can be drawn, if the slope is 1: `|W_v - centre|^2`, `(M, V)`."""
+        lengths = (self.head**2).sum(-1)
+        return lengths - 2 * self.centre @ self.head.T + (self.centre**2).sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -163,18 +176,14 @@ class Moments(NamedTuple):
 def moments(estimate: Estimate, states: States, sampler: torch.Tensor) -> Moments:
     """Sums over the vocabulary, for tokens drawn from `sampler`, log-probs `(M, V)`."""
     b = sampler.exp()
-    p = states.policy.exp()
     log_ratio = states.policy - states.reference
     w = (states.policy - sampler).exp()
     k = estimate.value(log_ratio, w)
     c = estimate.slope(log_ratio, w)
     value_mean = (b * k).sum(-1)
     value_variance = (b * (k - value_mean[:, None]) ** 2).sum(-1)
-    centre = p @ states.head
-    gradient_mean = (b * c) @ states.head - (b * c).sum(-1, keepdim=True) * centre
-    # |W_v - centre|^2
-    squares = (states.head**2).sum(-1) - 2 * centre @ states.head.T + (centre**2).sum(-1, keepdim=True)
-    gradient_variance = (b * c**2 * squares).sum(-1) - (gradient_mean**2).sum(-1)
+    gradient_mean = (b * c) @ states.head - (b * c).sum(-1, keepdim=True) * states.centre
+    gradient_variance = (b * c**2 * states.squares).sum(-1) - (gradient_mean**2).sum(-1)
     return Moments(value_mean, value_variance, gradient_mean, gradient_variance)
 
 
@@ -191,7 +200,9 @@ def root_mean_square(vectors: torch.Tensor) -> float:
     return (vectors**2).sum(-1).mean().sqrt().item()
 
 
-def drawn(estimate: Estimate, states: States, sampler: torch.Tensor, draws: int) -> tuple[float, float]:
+def drawn(
+    estimate: Estimate, states: States, sampler: torch.Tensor, draws: int, expected: Moments
+) -> tuple[float, float]:
     """
     Means over drawn tokens: of the value, over all states; and the distance of the mean gradient from its expectation.
 
@@ -203,8 +214,7 @@ def drawn(estimate: Estimate, states: States, sampler: torch.Tensor, draws: int)
     value = estimate.value(log_ratio, w).gather(1, tokens).mean().item()
     slopes = estimate.slope(log_ratio, w).gather(1, tokens)
     weights = torch.zeros_like(sampler).scatter_add_(1, tokens, slopes / draws)
-    mean_gradient = weights @ states.head - weights.sum(-1, keepdim=True) * (states.policy.exp() @ states.head)
-    expected = moments(estimate, states, sampler)
+    mean_gradient = weights @ states.head - weights.sum(-1, keepdim=True) * states.centre
     distance = root_mean_square(mean_gradient - expected.gradient_mean)
     return value, distance / (expected.gradient_variance.mean() / draws).sqrt().item()
 
@@ -218,7 +228,7 @@ def rows_of(states: States, draws: int) -> list[dict[str, Any]]:
     for sampling, sampler in {"on policy": states.policy, "an update before": states.before}.items():
         for (name, ratio), estimate in ESTIMATES.items():
             found = moments(estimate, states, sampler)
-            value, distance = drawn(estimate, states, sampler, draws)
+            value, distance = drawn(estimate, states, sampler, draws, found)
             rows.append(
                 {
                     "sampled": sampling,
