@@ -49,7 +49,7 @@ def differences(rows: Rows, base: Rows, column: str) -> list[float]:
     return [value - there[seed] for seed, value in by_seed(rows, column).items() if seed in there]
 
 
-def plus_minus(values: Sequence[float], digits: str = ".3f", sign: str = "") -> str:
+def plus_minus(values: Sequence[float], digits: str = "z.3f", sign: str = "") -> str:
     """`mean ± standard deviation`; with the sign `+`, a mean above 0 has one."""
     return f"{mean(values):{sign}{digits}} ± {spread(values):{digits}}"
 
@@ -101,32 +101,36 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def dots(rows: Rows, column: str, label: str, scale: float = 1) -> Figure:
-    """A line for each arm: a dot for each seed, a bar at the mean, and what all started from."""
+def gains(rows: Rows, column: str) -> dict[str, list[float]]:
+    """What each seed has more after the last update than before GRPO, for each arm."""
+    before = {row["seed"]: float(row[column]) for row in rows if int(row["update"]) == 0}
     arms = arms_of(last_updates(rows))
-    result = Figure(figsize=(8, 0.36 * len(arms) + 1.4), layout="constrained")
+    return {arm: [float(row[column]) - before[row["seed"]] for row in own] for arm, own in arms.items()}
+
+
+def dots(rows: Rows, column: str, label: str, scale: float = 1) -> Figure:
+    """The [`gains`]: a line for each arm, a dot for each seed, a bar at the mean."""
+    found = {arm: [scale * gain for gain in own] for arm, own in gains(rows, column).items()}
+    result = Figure(figsize=(8, 0.36 * len(found) + 1.4), layout="constrained")
     axes = result.subplots()
-    for line, own in enumerate(arms.values()):
-        values = [scale * value for value in by_seed(own, column).values()]
-        axes.scatter(values, [line] * len(values), 22, COLOURS[0], alpha=0.55, linewidths=0, zorder=3)
-        axes.scatter([mean(values)], [line], 230, COLOURS[1], marker="|", linewidths=2, zorder=4)
+    for line, values in enumerate(found.values()):
         middle = mean(values)
+        axes.scatter(values, [line] * len(values), 22, COLOURS[0], alpha=0.55, linewidths=0, zorder=3)
+        axes.scatter([middle], [line], 230, COLOURS[1], marker="|", linewidths=2, zorder=4)
         axes.plot([middle - spread(values), middle + spread(values)], [line, line], color=COLOURS[1], linewidth=1.5)
-        axes.annotate(
-            f"{middle:.1f} ± {spread(values):.1f}", (1.01, line), xycoords=("axes fraction", "data"), va="center"
-        )
-    start = mean(scale * float(row[column]) for row in rows if int(row["update"]) == 0)
-    axes.axvline(start, color="#888888", linestyle=":", linewidth=1, zorder=1)
-    rates = {arm: "/".join(dict.fromkeys(f"{float(row['learning_rate']):g}" for row in arms[arm])) for arm in arms}
-    axes.set_yticks(range(len(arms)), [f"{arm}  ({rate})" for arm, rate in rates.items()], fontsize=9)
-    axes.invert_yaxis()
+        at_the_edge = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        axes.annotate(f"{middle:+.1f} ± {spread(values):.1f}", (1.01, line), **at_the_edge)
+    axes.axvline(0, color="#888888", linestyle=":", linewidth=1, zorder=1)
+    arms = arms_of(last_updates(rows))
+    rates = {arm: "/".join(dict.fromkeys(f"{float(row['learning_rate']):g}" for row in arms[arm])) for arm in found}
+    axes.set_yticks(range(len(found)), [f"{arm}  ({rate})" for arm, rate in rates.items()], fontsize=9)
+    axes.set_ylim(len(found) - 0.5, -0.5)
     tidy(axes)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(label)
     seeds = len({row["seed"] for row in rows})
     result.supxlabel(
-        f"dots: {seeds} seeds; bar: mean ± standard deviation over seeds; dotted: before GRPO; (learning rate)",
-        fontsize=8,
+        f"dots: {seeds} seeds; bar: mean ± standard deviation over seeds; in brackets: learning rate", fontsize=8
     )
     return result
 

@@ -289,7 +289,7 @@ def table(rows: list[dict[str, str]]) -> list[list[str]]:
     """Head and lines: percent of the KL, and of the length of its gradient."""
     lines = [["tokens", "estimate", "ratio", *(f"{name.replace('_', ' ')} (%)" for name in NUMBERS)]]
     for key, numbers in groups(rows).items():
-        lines.append([*key, *(plus_minus([100 * one for one in values], ".1f") for values in numbers.values())])
+        lines.append([*key, *(plus_minus([100 * one for one in values], "z.1f") for values in numbers.values())])
     return lines
 
 

@@ -54,8 +54,8 @@ def best_rates(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
 
 
 def figure(rows: Rows) -> Figure:
-    """Held-out accuracy of every arm."""
-    return dots(rows, "accuracy", "right answers on held-out problems (%)", scale=100)
+    """Held-out accuracy that every arm gains."""
+    return dots(rows, "accuracy", "right answers on held-out problems: points gained by GRPO", scale=100)
 
 
 def main(args: EvidenceArguments) -> None:

@@ -22,7 +22,7 @@ FOLDER = Path(runs.__file__).parent
 README = FOLDER / "README.md"
 EXPERIMENTS = {
     "supervision": (supervision.ARMS, ["accuracy", "right_steps"], supervision.OUTCOME),
-    "gaming": (gaming.ARMS, ["accuracy", "steps", "step_reward"], gaming.ALONE),
+    "gaming": (gaming.ARMS, ["accuracy", "steps", "clipped_ratio"], gaming.ALONE),
     "kl_budget": (kl_budget.ARMS, ["accuracy", "right_steps", "kl"], kl_budget.NO_KL),
     "reward_orders": (reward_orders.ARMS, ["accuracy", "right_steps"], reward_orders.BASE),
 }
@@ -254,7 +254,8 @@ def check_estimates(rows: list[dict[str, str]], within: float) -> None:
             assert float(row["gradient_bias"]) < 1e-4
         if key == ("on policy", "k1", "no"):
             assert float(row["gradient_bias"]) == pytest.approx(1)
-        if row["estimate"] != "exact":
+        # The variance of k3 without the ratio lies in tokens too rare to be drawn
+        if row["estimate"] != "exact" and key[1:] != ("k3", "no"):
             assert 1 / within < float(row["drawn_gradient_distance"]) < within
 
 
