@@ -1,6 +1,6 @@
 """The policy: a Llama of 0.6 million parameters, its supervised warm-up and its evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +40,11 @@ def build_policy() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def supervised_loss(policy: PreTrainedModel, problems: Sequence[str]) -> torch.Tensor:
-    """Cross-entropy of the worked solutions, given the problems."""
-    texts = [problem + worked_solution(problem) + EOS for problem in problems]
+def supervised_loss(
+    policy: PreTrainedModel, problems: Sequence[str], solve: Callable[[str], str] = worked_solution
+) -> torch.Tensor:
+    """Cross-entropy of the solutions, by default the worked ones, given the problems."""
+    texts = [problem + solve(problem) + EOS for problem in problems]
     batch = TOKENIZER(texts, return_tensors="pt", padding=True, padding_side="right")
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     for row, problem in enumerate(problems):
@@ -96,8 +98,7 @@ def complete(policy: PreTrainedModel, problems: Sequence[str], **generation: Any
     output = policy.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        max_new_tokens=MAX_COMPLETION_LENGTH,
-        **generation,
+        **({"max_new_tokens": MAX_COMPLETION_LENGTH} | generation),
     )
     return [until_eos(ids) for ids in output[:, batch.input_ids.shape[1] :].tolist()]
 
