@@ -21,7 +21,7 @@ from evidence.figures import Rows, dots, last_updates, print_arms, save_figure
 from evidence.runs import EvidenceArguments, read, run_arms
 
 
-RATES = (1e-5, 3e-5, 1e-4)
+RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 OUTCOME = "outcome: answer"
 PROCESS = {"supervision": "process", "gamma": 0.8}
 ARMS: dict[str, dict[str, Any]] = {

@@ -269,5 +269,5 @@ def test_under_outcome_supervision_it_is_trls_table_to_the_letter(tiny_model, tm
 
 def test_what_a_prompt_or_an_advantage_may_be_is_printed():
     call = {"role": "assistant", "content": [{"type": "text", "text": None}], "tool_calls": [{"name": "f"}]}
-    assert prompt_text([call]) == "assistant:  {'name': 'f'}"
+    assert prompt_text([call]) == "assistant: {'name': 'f'}"
     assert advantage_colour(float("nan"), 1.0) == advantage_colour(1.0, float("inf")) == advantage_colour(0.0, 1.0)
