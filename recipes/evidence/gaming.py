@@ -4,10 +4,10 @@ A process reward model that can be gamed: how training with it collapses, and wh
     cd recipes && python -m evidence.gaming
 
 `judge_equations` stands for such a model. It gives 0.9 to a step that is a true equation and 0.1 to any other, and
-never looks at the problem. A step that is written again and again pleases it as much as the steps of a solution do.
+never looks at the problem. Steps that lead nowhere please it as much as those of a solution do, and each pays.
 Beside it is `judge_answer`, which cannot be gamed.
 
-The warmed-up policy hardly ever writes a step twice, and would take long to find out that it pays. So it is trained
+The warmed-up policy hardly ever writes a step too many, and would take long to find out that it pays. It is trained
 for a few more updates on solutions that repeat their last step now and then. Repeating is neither right nor wrong: the
 answer counts. Completions may have twice the tokens that a solution without repetition takes.
 
