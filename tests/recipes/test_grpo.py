@@ -333,7 +333,8 @@ def test_completion_without_a_judgeable_line(byte_tokenizer):
 
 def test_cut_off_character_at_the_end(byte_tokenizer):
     ids = byte_tokenizer.encode("1+1=2\n😀")[:-2]
-    assert judge(byte_tokenizer, ids).values == [1.0, None]
+    # It says nothing by itself, so it belongs to the line before
+    assert judge(byte_tokenizer, ids) == StepRewards([len(ids) - 1], [1.0])
 
 
 def test_lines_that_end_in_one_token_are_one_step(byte_tokenizer):
