@@ -17,7 +17,6 @@ have the same two judgements, 1 for a right call and 1 for a right answer:
 """
 
 import copy
-import csv
 import time
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import trl
+from csv_rows import append
 from datasets import Dataset
 from running_sums.training import SumsArguments, start_process, training_settings
 from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
@@ -187,16 +187,6 @@ def run(
         run_columns | {"update": update, "tokens": tokens[update]} | score._asdict() | context
         for update, score in evaluations.scores.items()
     ]
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add rows to a CSV file, which is made where there is none."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def print_run(rows: list[dict[str, Any]]) -> None:

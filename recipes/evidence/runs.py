@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import trl
+from csv_rows import append
 from datasets import Dataset
 from quickstart import judge_answer, judge_steps
 from running_sums.policy import evaluate, save, warm_up
@@ -54,16 +55,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file, which is made where there is none."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def is_done(path: Path, run: Mapping[str, Any]) -> bool:

@@ -156,11 +156,12 @@ def _steps_of_turns(
         # Before a later turn stands a tool's output, and what the chat template writes after it
         text_before = policy_tokenizer.decode(ids[max(start - _TAG_TOKENS, 0) : start]) if start else before
         is_open = unclosed or opens_thinking(text_before, tags)
-        thinking = segmentation.find_thinking(aligned.text, is_open)
+        # Everything is judged, wherever the thinking ends
+        thinking = [] if segmentation.scope == "all" else segmentation.find_thinking(aligned.text, is_open)
         unclosed = is_unclosed(thinking, aligned.text)
         if segmentation.scope is None and thinking:
             warn_of_thinking(source)
-        for text, last_token in segment(aligned, segmentation, is_open):
+        for text, last_token in segment(aligned, segmentation, thinking):
             steps.append(Step(text, start + last_token))
     return join_turns(steps, segmentation)
 

@@ -167,9 +167,13 @@ class Segmentation:
 
     def in_scope(self, text: str, is_open: bool = False) -> list[Span]:
         """The parts of a turn's text that have steps, with the arguments of [`Segmentation.find_thinking`]."""
+        has_all = self.scope in (None, "all")
+        return self.parts_beside(text, [] if has_all else self.find_thinking(text, is_open))
+
+    def parts_beside(self, text: str, thinking: Sequence[Thinking]) -> list[Span]:
+        """The parts of a turn's text that have steps, where its thinking has been found."""
         if self.scope in (None, "all"):
             return [Span(0, len(text))]
-        thinking = self.find_thinking(text, is_open)
         if self.scope == "thinking":
             return [part.inner for part in thinking]
         starts = [0, *(part.whole.end for part in thinking)]
@@ -301,7 +305,9 @@ def split_text(text: str, segmentation: Segmentation) -> list[Span]:
     return _with_headings(text, spans, segmentation) if segmentation.join_headings else spans
 
 
-def segment(aligned: AlignedText, segmentation: Segmentation, is_open: bool = False) -> list[Step]:
+def segment(
+    aligned: AlignedText, segmentation: Segmentation, thinking: Sequence[Thinking] | None = None
+) -> list[Step]:
     """
     Cut a turn into steps, each with the token that ends it.
 
@@ -314,15 +320,17 @@ def segment(aligned: AlignedText, segmentation: Segmentation, is_open: bool = Fa
             [`strip_special`]. A completion without tool output is one turn.
         segmentation ([`Segmentation`]):
             Where to cut, which steps are joined, and which part of the turn has steps.
-        is_open (`bool`, *optional*, defaults to `False`):
-            Whether the text before the turn ends with an opening tag of thinking.
+        thinking (`Sequence[Thinking]`, *optional*):
+            What [`Segmentation.find_thinking`] has found in the turn. By default it is looked for here.
 
     Returns:
         `list[Step]`: empty if the text in scope is empty or white space. `last_token` is an index into the turn's
         tokens.
     """
+    text = aligned.text
+    parts = segmentation.in_scope(text) if thinking is None else segmentation.parts_beside(text, thinking)
     steps: list[Step] = []
-    for part in segmentation.in_scope(aligned.text, is_open):
+    for part in parts:
         for step in _segment_part(aligned, part, segmentation):
             # Parts that are next to each other may end in one token
             before = steps.pop().text + "\n\n" if steps and steps[-1].last_token == step.last_token else ""

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...concurrency import run_together
 from ...rewards.step_reductions import STEP_REDUCTIONS
-from ...rewards.types import StepRewards
+from ...rewards.types import StepRewards, check_number
 from ...steps.named_arguments import value_of_row
 from ...steps.policy_text import assistant_text, last_user_text
 from ...steps.segmentation import SegmentationLike, as_segmentation
@@ -24,7 +24,7 @@ from ..progress import scoring_bar
 from .answer_cache import AnswerCache, content_key
 from .images import images_of, without_images
 from .judge_formats import JUDGE_FORMATS, JudgeFormat
-from .protocols import RewardServerError, is_reward, shown
+from .protocols import RewardServerError, shown
 from .transport import RemoteSource, Session
 
 
@@ -416,7 +416,4 @@ def _checked(values: Any, count: int) -> list[float | None]:
     values = list(values)
     if len(values) != count:
         raise ValueError(f"{len(values)} verdicts for {count} step(s)")
-    for value in values:
-        if value is not None and not is_reward(value):
-            raise ValueError(f"{shown(value)} is no finite number of float32")
-    return [None if value is None else float(value) for value in values]
+    return [None if value is None else check_number(value, "a reward") for value in values]

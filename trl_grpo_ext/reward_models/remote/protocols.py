@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
+
+from ...rewards.types import check_number
 
 
 # The scores of one completion's steps, None for a step without one; None in place of the list where the server failed
@@ -16,8 +17,6 @@ VLLM_STEPS_PATH = "/pooling"
 VLLM_OUTCOMES_PATH = "/classify"
 
 _SHOWN_CHARACTERS = 500
-# The largest float32
-LARGEST_REWARD = 3.4028234663852886e38
 
 
 class RewardServerError(RuntimeError):
@@ -75,16 +74,13 @@ def _entry(answer: Any, name: str) -> Any:
     return answer[name]
 
 
-def is_reward(value: Any) -> bool:
-    """Whether a value is a finite number in float32, as rewards are."""
-    # False for NaN. A whole number may be too large to become a float at all
-    return isinstance(value, Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD  # type: ignore[operator]
-
-
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not is_reward(value):
-        raise RewardServerError(f"{what} is {shown(value)!r}, which is not a finite number of float32.")
-    return float(value)
+    try:
+        if not isinstance(value, bool):
+            return check_number(value, what)
+    except (TypeError, ValueError):
+        pass
+    raise RewardServerError(f"{what} is {shown(value)!r}, which is not a finite number of float32.")
 
 
 def _number_or_none(value: Any, what: str) -> float | None:

@@ -202,7 +202,7 @@ class Session:
         self._next_notice = _FIRST_NOTICE
         given = [value for name, value in client.headers.items() if name not in _OWN_HEADERS]
         # What the query of a url holds is no header, and may be a key all the same
-        given += httpx.URL(url).params.values()
+        given += url.params.values()
         self._secrets = [
             part for value in given for part in value.removeprefix(_BEARER).split() if len(part) >= _SHORTEST_SECRET
         ]
