@@ -33,7 +33,7 @@ from trl_grpo_ext import StepRewards
 from trl_grpo_ext.reward_models.models import ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
-from trl_grpo_ext.reward_models.remote import server, transport
+from trl_grpo_ext.reward_models.remote import addresses, server, transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, plain_query, vllm_steps
 from trl_grpo_ext.reward_models.remote.server import _api_key, _receive_body, _Worker, create_app, main
@@ -999,5 +999,5 @@ def test_what_cannot_work_is_refused_at_once(options, message):
 def test_the_password_of_a_proxy_is_not_shown(monkeypatch, proxy):
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"http": proxy})
     monkeypatch.setattr("urllib.request.proxy_bypass", lambda host: False)
-    hint = transport._proxy_hint(httpx.URL("http://reward.example"), True)
+    hint = addresses.proxy_hint(httpx.URL("http://reward.example"), True)
     assert "10.0.0.1:1" in hint and "secret" not in hint and "alice" not in hint and "rd" not in hint.split(" of ")[0]

@@ -44,8 +44,8 @@ from starlette.routing import Route
 from ...rewards.step_reductions import STEP_REDUCTIONS
 from ...rewards.types import check_finite
 from ..opening import load_reward_model
+from .credentials import read_api_key
 from .protocols import OPENRLHF_PATH
-from .transport import read_api_key
 
 
 KINDS = ("process", "outcome")

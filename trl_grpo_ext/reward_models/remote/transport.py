@@ -6,12 +6,10 @@ import functools
 import itertools
 import json
 import logging
-import os
 import random
 import re
 import ssl
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from .addresses import address_of, parse_url, proxy_hint, slug, without_query
+from .credentials import check_headers, read_api_key
 from .protocols import RewardServerError, shown
 
 
@@ -38,7 +38,6 @@ _OWN_HEADERS = ("accept", "accept-encoding", "connection", "user-agent")
 _BEARER = "Bearer "
 # What is shorter, such as a version, is a part of too many words
 _SHORTEST_SECRET = 6
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # Not Python's own generator, whose state belongs to the training run
 _jitter = random.Random()
 
@@ -122,9 +121,9 @@ class RemoteSource:
     max_answer_bytes: int = 16 * 2**20
 
     def __post_init__(self):
-        url = _parse_url(self.url)
+        url = parse_url(self.url)
         # TRL's logs show it
-        self.__name__ = self.name or _slug(type(self).__name__, *self._name_parts(), url.netloc.decode(), url.path)
+        self.__name__ = self.name or slug(type(self).__name__, *self._name_parts(), url.netloc.decode(), url.path)
         if self.on_failure not in ("raise", "none"):
             raise ValueError(f"on_failure is {self.on_failure!r}; known: raise, none.")
         for name, value, least in (
@@ -162,7 +161,7 @@ class RemoteSource:
                 verify=_tls(self.trust_env),
             )
         except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
-            raise ValueError(f"{self.__name__}: {error}{_proxy_hint(httpx.URL(self.url), self.trust_env)}") from None
+            raise ValueError(f"{self.__name__}: {error}{proxy_hint(httpx.URL(self.url), self.trust_env)}") from None
 
     @asynccontextmanager
     async def _session(self, path: str) -> "AsyncIterator[Session]":
@@ -234,7 +233,7 @@ class Session:
             except TimeoutError:
                 trouble = f"no answer within {self._source.timeout} s"
             except (httpx.HTTPError, OSError) as error:
-                trouble = f"{type(error).__name__} {error}" + _proxy_hint(self._url, self._source.trust_env)
+                trouble = f"{type(error).__name__} {error}" + proxy_hint(self._url, self._source.trust_env)
                 if isinstance(error, _FINAL_ERRORS) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                     raise RewardServerError(trouble) from None
             else:
@@ -243,7 +242,7 @@ class Session:
                     return answer.json()
                 trouble = f"status {answer.status}: {answer.text()}"
                 if answer.status >= 502:
-                    trouble += _proxy_hint(self._url, self._source.trust_env)
+                    trouble += proxy_hint(self._url, self._source.trust_env)
                 breaks += answer.status == 500
                 may_return = answer.status in (500, *_BUSY_STATUSES) or answer.status >= 502
                 if not may_return or breaks > self._source.retries:
@@ -310,60 +309,6 @@ class Session:
         return text
 
 
-@functools.cache
-def _tls(trust_env: bool) -> ssl.SSLContext:
-    """Made once: it reads all certificates, which takes longer than a request."""
-    return httpx.create_ssl_context(trust_env=trust_env)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Addresses, proxies, headers and keys
-
-
-def _parse_url(url: str) -> httpx.URL:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"url {url!r} does not start with http:// or https://.")
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"url {url!r}: {error}.") from None
-    if not parsed.host:
-        raise ValueError(f"url {url!r} names no host.")
-    if parsed.userinfo:
-        raise ValueError("the url holds a user name or password, which logs would show; give `headers` instead.")
-    return parsed
-
-
-def _slug(*parts: str) -> str:
-    """A name for logs, without the characters that separate their metrics."""
-    return re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
-
-
-def address_of(url: str, path: str) -> httpx.URL:
-    """The url with the protocol's path at its end, once."""
-    parsed = httpx.URL(url)
-    given = parsed.path.rstrip("/")
-    return parsed.copy_with(path=given if given.endswith(path) else given + path)
-
-
-def without_query(url: httpx.URL) -> str:
-    """A url as it may be shown: its query may hold a key."""
-    return str(url.copy_with(query=None))
-
-
-def _proxy_hint(url: httpx.URL, trust_env: bool) -> str:
-    """Names the proxy that the environment puts before a url, for errors; empty without one."""
-    if not trust_env or urllib.request.proxy_bypass(url.host):
-        return ""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy is None:
-        return ""
-    # Its user and password are nobody's business
-    proxy = re.sub(r"^(\w+://)?.*@", r"\1", proxy)
-    return f" (through the proxy {proxy} of the environment; trust_env=False goes without it)"
-
-
 def _retry_after(headers: httpx.Headers) -> float | None:
     """Seconds that the server asks to wait: a number, or a date."""
     value = headers.get("retry-after")
@@ -377,32 +322,7 @@ def _retry_after(headers: httpx.Headers) -> float | None:
         return None
 
 
-def check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The headers as a dictionary; `ValueError` names a header that HTTP cannot carry, without its value."""
-    for name, value in (headers or {}).items():
-        if not isinstance(value, str) or not value.isprintable() or not value.isascii():
-            raise ValueError(f"the value of the header {name!r} is not printable ASCII text.")
-    return dict(headers or {})
-
-
-def read_api_key(variable: str, option: str) -> str:
-    """
-    The key in an environment variable.
-
-    Args:
-        variable (`str`):
-            Name of the variable.
-        option (`str`):
-            Where the name was given, for errors.
-
-    Raises:
-        ValueError: not a variable's name, or one without a key. No error shows what may be a key.
-    """
-    if not _VARIABLE.fullmatch(variable):
-        raise ValueError(f"{option} is the name of an environment variable in capitals, not the key itself.")
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(f"{option}: the environment variable {variable} holds no key.")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ValueError(f"{option}: the key in the environment variable {variable} is not printable ASCII text.")
-    return key
+@functools.cache
+def _tls(trust_env: bool) -> ssl.SSLContext:
+    """Made once: it reads all certificates, which takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=trust_env)
