@@ -26,13 +26,17 @@ _NUMBER = r"(?:\d{1,3}|[一二三四五六七八九十]{1,3})"
 _BLANK = r"[ \t\u00a0\u202f]"
 _CHINESE = rf"第{_BLANK}*{_NUMBER}{_BLANK}*步"
 _WORD = rf"(?:{'|'.join(STEP_WORDS)}){_BLANK}*(?:[#(（-]{_BLANK}*)?{_NUMBER}"
-_LABEL = rf"(?:{_WORD}|{_CHINESE}|\d{{1,3}}{_BLANK}*단계)(?!\d|[.．]\d)"
+# "Step 1/3", "Step 1 of 3"
+_OF_ALL = rf"(?:{_BLANK}*/{_BLANK}*\d{{1,3}}|{_BLANK}+of{_BLANK}+\d{{1,3}})?"
+_LABEL = rf"(?:{_WORD}|{_CHINESE}|\d{{1,3}}{_BLANK}*단계)(?!\d|[.．]\d){_OF_ALL}"
+# "Step 1 (setup):"
+_TITLE = rf"(?:{_BLANK}*[(（][^()（）\n]{{1,80}}[)）])?"
 # Headings, quotes, bold and bullets, and the marks of the direction of writing
 _MARKS = r"[#>*_•\u200e\u200f \t-]*"
 _END = r"(?:[*_ \t\u00a0\u202f]*(?:[:：.．、)）]|[-–—]+[ \t]|\r?$))"
 
 _WORDED = re.compile(
-    rf"^{_MARKS}{_LABEL}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",
+    rf"^{_MARKS}{_LABEL}{_TITLE}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",
     re.IGNORECASE | re.MULTILINE,
 )
 _NUMBERED = re.compile(

@@ -171,10 +171,21 @@ def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
+# A server that does not hold the judge to the schema lets it write numbers and truth values as texts
+
+
 def _truth(value: Any) -> float:
-    if not isinstance(value, bool):
+    truth = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(truth, bool):
         raise ValueError(f"{value!r} is not true or false")
-    return float(value)
+    return float(truth)
+
+
+def _whole_number(value: Any) -> int:
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,6}", value) else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ValueError(f"{value!r} is no whole number")
+    return number
 
 
 def _verdicts_schema(count: int) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def _verdicts_schema(count: int) -> dict[str, Any]:
 
 def _parse_verdicts(text: str, count: int) -> Values:
     verdicts = parse_json(text)["steps"]
-    numbers = [verdict["step"] for verdict in verdicts]
+    numbers = [_whole_number(verdict["step"]) for verdict in verdicts]
     if numbers != list(range(1, count + 1)):
         raise ValueError(f"verdicts on the steps {numbers} of {count}")
     return [_truth(verdict["correct"]) for verdict in verdicts]
@@ -195,8 +206,8 @@ def _first_error_schema(count: int) -> dict[str, Any]:
 
 
 def _parse_first_error(text: str, count: int) -> Values:
-    first = parse_json(text)["first_error"]
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first <= count:
+    first = _whole_number(parse_json(text)["first_error"])
+    if not 0 <= first <= count:
         raise ValueError(f"the first wrong step is {first!r} of {count}")
     # Of the steps after a wrong one nothing is said
     return [1.0] * count if first == 0 else [1.0] * (first - 1) + [0.0] + [None] * (count - first)
@@ -311,7 +322,7 @@ def rubric_format(criteria: Mapping[str, float]) -> JudgeFormat:
 
     def parse(text: str, count: int) -> Values:
         verdicts = parse_json(text)["criteria"]
-        numbers = [verdict["criterion"] for verdict in verdicts]
+        numbers = [_whole_number(verdict["criterion"]) for verdict in verdicts]
         if numbers != list(range(1, len(weights) + 1)):
             raise ValueError(f"verdicts on the criteria {numbers} of {len(weights)}")
         met = [_truth(verdict["met"]) * weight for verdict, weight in zip(verdicts, weights, strict=True)]
