@@ -36,7 +36,8 @@ _MARKS = r"[#>*_•\u200e\u200f \t-]*"
 _END = r"(?:[*_ \t\u00a0\u202f]*(?:[:：.．、)）]|[-–—]+[ \t]|\r?$))"
 
 _WORDED = re.compile(
-    rf"^{_MARKS}{_LABEL}{_TITLE}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",
+    rf"^{_MARKS}{_LABEL}{_TITLE}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])"
+    rf"|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",
     re.IGNORECASE | re.MULTILINE,
 )
 _NUMBERED = re.compile(
