@@ -23,7 +23,7 @@ def _check_ends(aligned, ids):
 
 
 @pytest.mark.parametrize("name", [*FAST, "byt5"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_each_character_ends_in_the_token_with_its_last_byte(name, data):
     ids = data.draw(completions(name))

@@ -105,7 +105,7 @@ def test_a_list_within_a_step_is_none():
     assert steps_of("\n".join(again)) == again
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.sampled_from(["x = 1.5", "In 2024. It", "so (1) and (2)", "a 1. b 2. c", "27. March"]), max_size=3),
     st.integers(2, 6),

@@ -79,7 +79,7 @@ def test_tags_of_one_s_own_and_a_callable():
     assert steps_in_scope("a. b", "thinking", thinking=lambda text: [(0, 2)]) == ["a."]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(
         st.one_of(
