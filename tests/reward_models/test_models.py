@@ -438,7 +438,9 @@ def test_a_missing_or_unexpected_key_is_an_error_that_shows_it(change, message, 
 
 def test_a_process_reward_model_under_another_preset_lacks_its_head(folders):
     with pytest.raises(ValueError, match="lacks score.weight"):
-        OutcomeRewardModel.from_pretrained(str(folders("math-shepherd")), preset="sequence-classification")
+        OutcomeRewardModel.from_pretrained(
+            str(folders("math-shepherd")), preset="sequence-classification", tokenizer=llama_tokenizer()
+        )
 
 
 def test_a_tag_that_is_not_one_id_is_an_error_that_shows_the_ids(folders):
