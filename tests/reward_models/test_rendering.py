@@ -1,7 +1,5 @@
 """Rendering with three real tokenizers: what is written, where it is read, and what a policy cannot forge."""
 
-import copy
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +12,7 @@ from tests.support.hub_folders import (
     save_mistral_tokenizer,
 )
 from tests.support.tokenizers import load_tokenizer as tokenizer_by_name
-from trl_grpo_ext.reward_models.encoding import chat_frame, encode_text, one_id
+from trl_grpo_ext.reward_models.encoding import encode_text, one_id
 from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns
 
 
@@ -65,22 +63,30 @@ PAIRS = [
 ]
 
 
-def written(tokenizer, rendering, problem, steps):
-    """The text that a rendering stands for, joined by hand, up to its last read position."""
+def conversation(rendering, problem, steps):
+    """The messages that a rendering with a chat template stands for, joined by hand."""
+    system = [] if rendering.system is None else [("system", rendering.system)]
     if isinstance(rendering, Turns):
-        turns = [("user", f"{problem} {steps[0]}"), *(("user", step) for step in steps[1:])]
-        messages = [m for turn in turns for m in (turn, ("assistant", "+"))]
-        frame = chat_frame(tokenizer, [role for role, _ in messages])
-        return "".join(part for pair in zip(frame, [text for _, text in messages], strict=False) for part in pair)
+        said = [f"{problem} {steps[0]}", *steps[1:]]
+        turns = [turn for text in said for turn in (("user", text), ("assistant", "+"))]
+    elif isinstance(rendering, Tagged):
+        turns = [("user", problem), ("assistant", "".join(step + rendering.tag for step in steps))]
+    else:
+        turns = [("user", problem), ("assistant", rendering.after.join(steps))]
+    return [{"role": role, "content": text} for role, text in system + turns]
+
+
+def written(tokenizer, rendering, problem, steps):
+    """The text that a rendering stands for, up to its last read position."""
+    if rendering.chat:
+        text = tokenizer.apply_chat_template(conversation(rendering, problem, steps), tokenize=False)
+        end = tokenizer.eos_token
+        return text[: text.rindex(end)] + end * isinstance(rendering, Bare)
     if isinstance(rendering, Tagged):
         body = rendering.first + rendering.between.join(step + rendering.tag for step in steps)
     else:
         body = rendering.after.join(steps)
-    question = rendering.prompt.replace("{problem}", problem)
-    if not rendering.chat:
-        return (tokenizer.bos_token or "") * rendering.bos + question + body
-    before, between, after = chat_frame(tokenizer, ["user", "assistant"], rendering.system)
-    return before + question + between + body + (after.split("\n")[0] if isinstance(rendering, Bare) else "")
+    return (tokenizer.bos_token or "") * rendering.bos + rendering.prompt.replace("{problem}", problem) + body
 
 
 @pytest.mark.parametrize(("name", "rendering"), PAIRS)
@@ -161,17 +167,6 @@ def test_pieces_of_ordinary_text_are_the_ids_of_the_whole(tokenizers):
     assert LINES.render(llama, problem, steps).ids.count(llama.bos_token_id) == 1
 
 
-def test_a_template_that_drops_a_message_is_an_error(tokenizers):
-    class Deaf:
-        chat_template = "{{ messages[0]['content'] }}"
-
-        def apply_chat_template(self, messages, tokenize):
-            return messages[0]["content"]
-
-    with pytest.raises(ValueError, match="writes a message of the assistant 0 times"):
-        chat_frame(Deaf(), ["user", "assistant"])
-
-
 def test_contradictory_renderings_are_errors():
     with pytest.raises(ValueError, match="must say where {problem} goes"):
         Tagged(prompt="Question")
@@ -201,22 +196,3 @@ def test_tokenizers_without_a_fast_implementation_render_too():
     assert not {*rendered.ids} & {*byt5.all_special_ids}
     assert byt5.decode(rendered.ids) == f"{problem} {steps[0]}\n{steps[1]}\n"
     assert [rendered.ids[position] for position in rendered.score_positions] == [byt5.encode("\n")[0]] * 2
-
-
-def test_a_chat_template_is_rendered_once_and_again_when_it_changes():
-    tokenizer, calls = copy.copy(qwen_tokenizer()), []
-    apply = type(tokenizer).apply_chat_template
-
-    class Counting(type(tokenizer)):
-        def apply_chat_template(self, *args, **options):
-            calls.append(1)
-            return apply(self, *args, **options)
-
-    tokenizer.__class__ = Counting
-    first = [chat_frame(tokenizer, ["user", "assistant"], "Be brief.") for _ in range(3)]
-    assert first[0] == first[1] == first[2] and len(calls) == 1
-    first[0].append("changed by the caller")
-    assert chat_frame(tokenizer, ["user", "assistant"], "Be brief.") == first[1]
-    assert chat_frame(tokenizer, ["user", "assistant"]) != first[1] and len(calls) == 2
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    assert chat_frame(tokenizer, ["user", "assistant"]) == ["<", "><", ">"] and len(calls) == 3

@@ -400,11 +400,11 @@ class Turns(_Prompted):
                 f"steps follow the question in its message, so a conversation must end with the user: {problem!r}."
             )
         texts = self._step_texts(steps)
-        said = [Message(question.fields, [*question.pieces, *(Piece(text, is_marked=True) for text in texts[:1])])]
+        said = [Message(question.fields, [*question.pieces, *_marked_text(text)]) for text in texts[:1]]
         said += [Message({"role": "user"}, [Piece(text)]) for text in texts[1:]]
         answer = Message({"role": "assistant"}, [Piece(self.answer, is_marked=True, is_meant=True)])
         turns = [message for own in said for message in (own, answer)]
-        return [*before, *(turns if steps else said)]
+        return [*before, *(turns or [question])]
 
     def _first_start(self, chat: WrittenChat) -> int:
         return next((mark for mark in chat.marks[:1] if mark is not None), chat.last_start)
@@ -500,6 +500,12 @@ class Bare(_Prompted):
 def _lines(text: str, is_last: bool) -> list[str]:
     """The lines of a step. Before another step, a newline at its end begins none."""
     return (text if is_last else text.removesuffix("\n")).split("\n")
+
+
+def _marked_text(text: str) -> list[Piece]:
+    """A text that is marked at its first word: a template may cut off white space before it."""
+    words = text.lstrip()
+    return [Piece(text[: len(text) - len(words)]), Piece(words, is_marked=True)]
 
 
 def _named(tokenizer: Any) -> str:
