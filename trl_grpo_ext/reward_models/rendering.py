@@ -4,6 +4,7 @@ Problem and steps to a reward model's ids, piece by piece, with the positions wh
 The score positions are noted while the ids are put together, so that a text that looks like a tag adds none.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,10 @@ class Rendering(CheckedFields, ABC):
     def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
         """Ids of each step in turn."""
 
+    def inputs(self, steps: Sequence[str]) -> list[Sequence[str]]:
+        """The steps of each input that a solution becomes: all in one input, or an input for each step."""
+        return [steps]
+
     def render(self, tokenizer: Any, problem: str, steps: Sequence[str], max_length: int | None = None) -> Rendered:
         """
         Put the input together from whole steps.
@@ -142,6 +147,11 @@ class Rendering(CheckedFields, ABC):
         return Rendered(ids, prompt_length, score_positions)
 
 
+def _numbered(text: str, number: int) -> str:
+    """A preset's words at a step, with the step's number."""
+    return text.replace("{number}", str(number))
+
+
 @dataclass(frozen=True)
 class _Prompted(Rendering):
     """
@@ -151,9 +161,9 @@ class _Prompted(Rendering):
         prompt (`str`, *optional*, defaults to `"{problem}"`):
             The question; `{problem}` is replaced.
         first (`str`, *optional*, defaults to `""`):
-            Written before the first step.
+            Written before the first step; `{number}` is replaced by the step's number, from 1.
         between (`str`, *optional*, defaults to `""`):
-            Written before each further step.
+            Written before each further step; `{number}` as in `first`.
         chat (`bool`, *optional*, defaults to `False`):
             Whether the tokenizer's chat template frames question (user) and steps (assistant).
         system (`str`, *optional*):
@@ -161,6 +171,9 @@ class _Prompted(Rendering):
         bos (`bool`, *optional*, defaults to `False`):
             Whether the beginning-of-sequence id comes first, for a tokenizer that has one. A chat template writes its
             own.
+        as_text (`bool`, *optional*, defaults to `False`):
+            Whether what the chat template writes is tokenized as any text is. Before it then stands what the tokenizer
+            puts before a text, such as a second beginning-of-sequence id.
     """
 
     prompt: str = "{problem}"
@@ -169,6 +182,7 @@ class _Prompted(Rendering):
     chat: bool = False
     system: str | None = None
     bos: bool = False
+    as_text: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,9 +192,17 @@ class _Prompted(Rendering):
             raise ValueError("chat=True and bos=True: a chat template writes the beginning-of-sequence token itself.")
         if self.system is not None and not self.chat:
             raise ValueError("a system message needs chat=True.")
+        if self.as_text and not self.chat:
+            raise ValueError("as_text=True is about what a chat template writes; it needs chat=True.")
 
     def _question(self, problem: str) -> str:
         return self.prompt.replace("{problem}", problem)
+
+    def _start_ids(self, tokenizer: Any) -> list[int]:
+        """Ids before the question and its frame."""
+        if self.as_text:
+            return tokenizer.encode("")
+        return [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
 
     def prompt_ids(self, tokenizer: Any, problem: str) -> list[int]:
         """Ids of the question, in the frame of the chat template or after the beginning-of-sequence id."""
@@ -188,13 +210,16 @@ class _Prompted(Rendering):
         if self.chat:
             before, between, _ = chat_frame(tokenizer, ["user", "assistant"], self.system)
             ids = encode_template(tokenizer, before) + continue_text(tokenizer, question)
-            return ids + encode_template(tokenizer, between)
-        bos = [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
-        return bos + encode_text(tokenizer, question)
+            return self._start_ids(tokenizer) + ids + encode_template(tokenizer, between)
+        return self._start_ids(tokenizer) + encode_text(tokenizer, question)
 
     def _step_texts(self, steps: Sequence[str]) -> list[str]:
         """The steps, each after `first` or `between`."""
-        return [(self.between if number else self.first) + step for number, step in enumerate(steps)]
+        texts = []
+        for number, step in enumerate(steps, start=1):
+            before = self.first if number == 1 else self.between
+            texts.append(_numbered(before, number) + step)
+        return texts
 
 
 @dataclass(frozen=True)
@@ -237,12 +262,15 @@ class Turns(_Prompted):
     The first message is the question, `first` and the first step.
 
     Args:
+        after (`str`, *optional*, defaults to `""`):
+            Written after each step, in its message; `{number}` as in `first`.
         answer (`str`, *optional*, defaults to `"+"`):
             What the assistant says after every step, exactly one id.
     """
 
     first: str = " "
     chat: bool = True
+    after: str = ""
     answer: str = "+"
 
     def check(self, tokenizer: Any) -> None:
@@ -257,15 +285,15 @@ class Turns(_Prompted):
     def prompt_ids(self, tokenizer: Any, problem: str) -> list[int]:
         """Ids of the question, which begins the first message."""
         opening, _, _ = self._frame(tokenizer)
-        return opening + continue_text(tokenizer, self._question(problem))
+        return self._start_ids(tokenizer) + opening + continue_text(tokenizer, self._question(problem))
 
     def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
         """Ids of each step and of the answer to it."""
         answer = one_id(tokenizer, self.answer, "answer")
         _, to_answer, to_user = self._frame(tokenizer)
-        for number, text in enumerate(self._step_texts(steps)):
-            opening = to_user if number else []
-            ids = opening + continue_text(tokenizer, text) + to_answer
+        for number, text in enumerate(self._step_texts(steps), start=1):
+            opening = to_user if number > 1 else []
+            ids = opening + continue_text(tokenizer, text + _numbered(self.after, number)) + to_answer
             # The answer is predicted at the token before it
             yield RenderedStep([*ids, answer], len(ids) - 1)
 
@@ -277,22 +305,48 @@ class Bare(_Prompted):
 
     Args:
         after (`str`, *optional*, defaults to `""`):
-            Written after each step but the last; it belongs to the step.
+            Written after each step but the last; it belongs to the step. `{number}` as in `first`.
         closing (`str`, *optional*, defaults to `"none"`):
             How much of what the chat template writes after the last step belongs to it: `"none"`, `"first"` (the token
             that ends the message) or `"all"`.
+        end (`str`, *optional*, defaults to `""`):
+            Written at the very end, where the score of the last step then is. Special tokens in it are meant as such,
+            and `{eos_token}`, `{cls_token}` and the like stand for the tokenizer's own.
         apart (`bool`, *optional*, defaults to `False`):
             Whether each step is tokenized as a text by itself, for models whose training data was.
+        prefixes (`bool`, *optional*, defaults to `False`):
+            Whether the steps up to each step are an input of their own with one score, for sequence classifiers that
+            judge unfinished solutions. A solution of K steps then takes K inputs.
     """
 
     after: str = ""
     closing: Literal["none", "first", "all"] = "none"
+    end: str = ""
     apart: bool = False
+    prefixes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.closing not in ("none", "first", "all"):
             raise ValueError(f"closing is {self.closing!r}; known: none, first, all.")
+        if self.apart and self.prefixes:
+            raise ValueError("apart=True and prefixes=True: the steps of a prefix are tokenized as one text.")
+
+    def check(self, tokenizer: Any) -> None:
+        """Raise `ValueError` if `end` names a token that the tokenizer does not have."""
+        self._end_ids(tokenizer)
+
+    def inputs(self, steps: Sequence[str]) -> list[Sequence[str]]:
+        """One input with all steps; with `prefixes` one for each step, with the steps up to it."""
+        return [steps[: number + 1] for number in range(len(steps))] if self.prefixes else [steps]
+
+    def _end_ids(self, tokenizer: Any) -> list[int]:
+        text = self.end
+        for name, token in tokenizer.special_tokens_map.items():
+            text = text.replace(f"{{{name}}}", str(token))
+        if missing := re.search(r"\{\w+_token\}", text):
+            raise ValueError(f"end is {self.end!r}, but this tokenizer has no {missing[0][1:-1]}.")
+        return continue_with(tokenizer, text, encode_template)
 
     def _closing_ids(self, tokenizer: Any) -> list[int]:
         if not self.chat or self.closing == "none":
@@ -304,9 +358,13 @@ class Bare(_Prompted):
         """Ids of each step and of what is written after it."""
         encode = encode_text if self.apart else continue_text
         texts = self._step_texts(steps)
+        for index in range(len(texts) - 1):
+            texts[index] += _numbered(self.after, index + 1)
+        if self.prefixes:
+            texts = ["".join(texts)]
         for text in texts[:-1]:
-            ids = encode(tokenizer, text + self.after)
+            ids = encode(tokenizer, text)
             yield RenderedStep(ids, len(ids) - 1)
         for text in texts[-1:]:
-            ids = encode(tokenizer, text) + self._closing_ids(tokenizer)
+            ids = encode(tokenizer, text) + self._closing_ids(tokenizer) + self._end_ids(tokenizer)
             yield RenderedStep(ids, len(ids) - 1)

@@ -16,6 +16,7 @@ from ..preset import Preset
 from ..presets import resolve_preset
 from ..progress import scoring_bar
 from ..readings import LabelSoftmax
+from ..rendering import Rendering
 from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
@@ -88,6 +89,11 @@ class RemoteRewardModel(RemoteSource):
             self._take_preset(resolve_preset(self.__name__, self.preset))
         if (self.rendering is None) != (self.tokenizer is None):
             raise ValueError("rendering (or preset) and tokenizer go together: the reward model's own, or neither.")
+        if isinstance(self.rendering, Rendering) and len(self.rendering.inputs(["one", "two"])) > 1:
+            raise ValueError(
+                f"{self.rendering} makes an input of each step, and one request holds one input of a solution. Load "
+                "the model here, or serve it by `python -m trl_grpo_ext.serve` and leave rendering and preset out."
+            )
 
     def _name_parts(self) -> list[str]:
         return [] if self.model is None else [self.model.split("/")[-1]]
