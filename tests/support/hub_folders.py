@@ -18,10 +18,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -117,6 +119,8 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|eot_id|>",
+        # Athene's; no other model of the family reads it
+        cls_token="<|reserved_special_token_1|>",
         additional_special_tokens=special,
         chat_template=LLAMA_TEMPLATE,
     )
@@ -147,6 +151,8 @@ def _config(config_class, vocabulary: int, **settings):
 FAMILIES = {
     "qwen": (Qwen2Config, 151936, qwen_tokenizer),
     "bytes": (Qwen2Config, 320, byte_tokenizer),
+    "granite": (GraniteConfig, 320, byte_tokenizer),
+    "qwen3": (Qwen3Config, 320, byte_tokenizer),
     "skywork": (Qwen2Config, 151936, skywork_tokenizer),
     "llama": (LlamaConfig, 128256, llama_tokenizer),
     "mistral": (MistralConfig, 32000, None),
