@@ -227,4 +227,6 @@ def load_tokenizer(folder: Path):
 
 @functools.cache
 def _load_tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
+    # Llama's and Mistral's files are read as a user's are; Qwen's would take 4 s more, as it was made of the same data
+    in_memory = {"qwen": qwen_tokenizer, "skywork": skywork_tokenizer}.get(folder.name)
+    return AutoTokenizer.from_pretrained(folder) if in_memory is None else in_memory()

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .._trl import prepare_deepspeed
-from .heads import VocabularyLogProbs, logits_divisor, vocabulary_head
+from .heads import VocabularyLogProbs
 from .readings import BackboneOutput
 from .rendering import RenderedBatch
 from .shared_scores import SharedScores
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
 
     def __init__(self, loaded: PreTrainedModel, name: str, causal: bool, offload: bool = False):
         super().__init__()
-        vocabulary = VocabularyLogProbs(vocabulary_head(loaded), logits_divisor(loaded)) if causal else None
+        vocabulary = VocabularyLogProbs(loaded) if causal else None
         self.hidden_states: nn.Module = HiddenStates(cast(PreTrainedModel, loaded.base_model), vocabulary)
         self.loaded = loaded
         self.causal = causal

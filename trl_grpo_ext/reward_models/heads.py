@@ -262,9 +262,9 @@ def _divides_logits(config: PreTrainedConfig) -> bool:
     return config.get_text_config().model_type.startswith("granite")
 
 
-def logits_divisor(model: PreTrainedModel) -> float:
-    """What a causal language model divides its logits by: 1 for all but the Granite family."""
-    return _text_fields(model.config)["logits_scaling"] if _divides_logits(model.config) else 1.0
+def _logits_divisor(config: PreTrainedConfig) -> float:
+    """What a causal language model divides its logits by: 1 outside the Granite family."""
+    return _text_fields(config)["logits_scaling"] if _divides_logits(config) else 1.0
 
 
 class AnswerLogits(nn.Module):
@@ -274,20 +274,19 @@ class AnswerLogits(nn.Module):
     The rows are copied, so that a head that ZeRO-3 shards never has to be gathered for them.
 
     Args:
-        head (`nn.Linear`):
-            The head over the vocabulary.
+        model (`PreTrainedModel`):
+            A causal language model.
         ids (`Sequence[int]` of length O):
             The ids.
-        divisor (`float`, *optional*, defaults to `1.0`):
-            What the model divides its logits by.
     """
 
     weight_OH: torch.Tensor
     bias_O: torch.Tensor
 
-    def __init__(self, head: nn.Linear, ids: Sequence[int], divisor: float = 1.0):
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int]):
         super().__init__()
-        self.divisor = divisor
+        head = vocabulary_head(model)
+        self.divisor = _logits_divisor(model.config)
         rows = list(ids)
         bias_O = torch.zeros(len(rows)) if head.bias is None else head.bias.detach()[rows].float()
         self.register_buffer("weight_OH", head.weight.detach()[rows].float(), persistent=False)
@@ -306,15 +305,14 @@ class VocabularyLogProbs(nn.Module):
     chunk, processes with other numbers of chunks would wait for each other for ever.
 
     Args:
-        head (`nn.Linear`):
-            The model's head over the vocabulary; its weight may be the embedding's.
-        divisor (`float`, *optional*, defaults to `1.0`):
-            What the model divides its logits by.
+        model (`PreTrainedModel`):
+            A causal language model. The weight of its head may be the embedding's.
     """
 
-    def __init__(self, head: nn.Linear, divisor: float = 1.0):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.divisor = divisor
+        head = vocabulary_head(model)
+        self.divisor = _logits_divisor(model.config)
         self.weight = head.weight
         self.bias = head.bias
 

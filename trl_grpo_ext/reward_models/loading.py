@@ -19,7 +19,7 @@ from .checkpoint import (
     without_stray,
 )
 from .encoding import one_id
-from .heads import AnswerLogits, Heads, logits_divisor, vocabulary_head
+from .heads import AnswerLogits, Heads
 from .preset import Preset
 from .readings import CheckedReadOut
 
@@ -46,8 +46,7 @@ class _Parts(NamedTuple):
 
     def answer_logits(self, answers: Sequence[str]) -> nn.Module:
         ids = [one_id(self.tokenizer, answer, "answer") for answer in answers]
-        loaded = self.backbone.loaded
-        return AnswerLogits(vocabulary_head(loaded), ids, logits_divisor(loaded))
+        return AnswerLogits(self.backbone.loaded, ids)
 
 
 def _load_backbone(
