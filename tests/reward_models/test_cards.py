@@ -19,7 +19,21 @@ def test_the_solutions_have_every_shape_and_are_the_same_every_time():
     found = solutions()
     assert len(found) == 386 and found == solutions()
     text = "\n\n".join("\n".join(solution.steps) for solution in found)
-    for shape in ("<<", "####", "\n\n", "\n- ", "```", "$$", "\\[\n", "步骤1：", "**Step 2.**", "\n2. ", "🤔", "\t", "   "):
+    for shape in (
+        "<<",
+        "####",
+        "\n\n",
+        "\n- ",
+        "```",
+        "$$",
+        "\\[\n",
+        "步骤1：",
+        "**Step 2.**",
+        "\n2. ",
+        "🤔",
+        "\t",
+        "   ",
+    ):
         assert shape in text, shape
     assert all(part == part.strip() for solution in found for part in (solution.problem, *solution.steps))
     assert {len(solution.steps) for solution in found} >= set(range(1, 13))

@@ -1,6 +1,7 @@
 """Rendering with three real tokenizers: what is written, where it is read, and what a policy cannot forge."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -54,26 +55,33 @@ QWEN = Tagged(tag="<extra_0>", chat=True, system="Be exact.")
 SHEPHERD = Tagged(tag=" ки", first=" ", between="\n", bos=True)
 LINES = Tagged(tag="\n", prompt="{problem}\n", bos=True)
 EURUS = Bare(chat=True, after="\n\n", closing="first")
+# As Math-Shepherd's training data has it, for a policy that does not number its steps
+NUMBERED = Tagged(tag=" ки", first=" Step {number}: ", between="\nStep {number}: ", bos=True)
+ASKED = Turns(after=" Is step {number} correct (Y/N)?", answer="Y")
 PAIRS = [
     ("qwen", QWEN),
     ("mistral", SHEPHERD),
     ("llama", LINES),
     ("llama", Turns()),
-    ("qwen", Turns()),
+    ("qwen", ASKED),
     ("qwen", EURUS),
+    ("mistral", NUMBERED),
     ("mistral", Bare(prompt="Question:\n{problem}\n", bos=True, apart=True)),
 ]
 
 
 def written(tokenizer, rendering, problem, steps):
     """The text that a rendering stands for, joined by hand, up to its last read position."""
+    before = [rendering.first, *[rendering.between] * (len(steps) - 1)]
+    steps = [before[n].replace("{number}", str(n + 1)) + step for n, step in enumerate(steps)]
     if isinstance(rendering, Turns):
-        turns = [("user", f"{problem} {steps[0]}"), *(("user", step) for step in steps[1:])]
-        messages = [m for turn in turns for m in (turn, ("assistant", "+"))]
+        asked = [step + rendering.after.replace("{number}", str(n)) for n, step in enumerate(steps, start=1)]
+        turns = [("user", problem + asked[0]), *(("user", step) for step in asked[1:])]
+        messages = [m for turn in turns for m in (turn, ("assistant", rendering.answer))]
         frame = chat_frame(tokenizer, [role for role, _ in messages])
         return "".join(part for pair in zip(frame, [text for _, text in messages], strict=False) for part in pair)
     if isinstance(rendering, Tagged):
-        body = rendering.first + rendering.between.join(step + rendering.tag for step in steps)
+        body = "".join(step + rendering.tag for step in steps)
     else:
         body = rendering.after.join(steps)
     question = rendering.prompt.replace("{problem}", problem)
@@ -101,7 +109,7 @@ def test_a_rendering_writes_its_text_once_and_reads_each_step_once(tokenizers, n
     if isinstance(rendering, Tagged):
         assert {ids[read] for read in reads} == {one_id(tokenizer, rendering.tag, "tag")}
     if isinstance(rendering, Turns):
-        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, "+", "answer")}
+        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, rendering.answer, "answer")}
 
 
 @pytest.mark.parametrize(("name", "rendering"), PAIRS)
@@ -161,6 +169,36 @@ def test_pieces_of_ordinary_text_are_the_ids_of_the_whole(tokenizers):
     assert LINES.render(llama, problem, steps).ids.count(llama.bos_token_id) == 1
 
 
+def test_the_number_of_a_step_is_written_where_the_preset_says_and_nowhere_else(tokenizers):
+    problem, steps = "What is 2 + {number}?", ["2 + 3 = {number}.", "So {number} it is."]
+    mistral, qwen = tokenizers["mistral"], tokenizers["qwen"]
+    text = "What is 2 + {number}? Step 1: 2 + 3 = {number}. ки\nStep 2: So {number} it is. ки"
+    assert NUMBERED.render(mistral, problem, steps).ids == mistral.encode(text)
+    bare = Bare(first=" {number})", between=" {number})", after=" [{number}]")
+    text = "What is 2 + {number}? 1)2 + 3 = {number}. [1] 2)So {number} it is."
+    assert bare.render(qwen, problem, steps).ids == qwen.encode(text)
+
+
+def test_the_end_is_written_last_and_scored(tokenizers):
+    llama = tokenizers["llama"]
+    athene = Bare(chat=True, closing="all", end="{cls_token}<|eot_id|>")
+    plain = Bare(chat=True, closing="all").render(llama, "2 + 3?", ["2 + 3", "= 5"])
+    ids, _, reads = athene.render(llama, "2 + 3?", ["2 + 3", "= 5"])
+    assert ids == [*plain.ids, 128003, 128009] and reads == [plain.score_positions[0], len(ids) - 1]
+    athene.check(llama)
+    with pytest.raises(ValueError, match=r"end is '\{sep_token\}', but this tokenizer has no sep_token"):
+        Bare(end="{sep_token}").check(llama)
+
+
+def test_a_template_tokenized_as_a_text_has_what_the_tokenizer_puts_before_texts(tokenizers):
+    for name, start in (("llama", [128000]), ("qwen", [])):
+        tokenizer = tokenizers[name]
+        for rendering in (Bare(chat=True, closing="all"), Turns()):
+            once = rendering.render(tokenizer, "2 + 3?", ["2 + 3", "= 5"])
+            again = replace(rendering, as_text=True).render(tokenizer, "2 + 3?", ["2 + 3", "= 5"])
+            assert again.ids == start + once.ids and again.prompt_length == len(start) + once.prompt_length
+
+
 def test_a_template_that_drops_a_message_is_an_error(tokenizers):
     class Deaf:
         chat_template = "{{ messages[0]['content'] }}"
@@ -179,6 +217,10 @@ def test_contradictory_renderings_are_errors():
         Bare(chat=True, bos=True)
     with pytest.raises(ValueError, match="a system message needs chat=True"):
         Bare(system="Be exact.")
+    with pytest.raises(ValueError, match="as_text=True .* needs chat=True"):
+        Bare(as_text=True)
+    with pytest.raises(ValueError, match="apart=True and prefixes=True"):
+        Bare(apart=True, prefixes=True)
 
 
 def test_a_separator_of_several_ids_is_read_at_its_last(tokenizers):

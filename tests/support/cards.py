@@ -185,7 +185,6 @@ OUTCOME_CARDS = {
 CARDS = PROCESS_CARDS | OUTCOME_CARDS
 
 
-
 class Folder(NamedTuple):
     """A folder of the Hub: its last part, what `save_hub_folder` takes, and fields of its config."""
 
@@ -216,7 +215,9 @@ FOLDERS = {
     ),
     "math-shepherd": Folder("math-shepherd-mistral-7b-prm", "mistral", "MistralForCausalLM", None, {}),
     "rlhflow-prm": Folder("Llama3.1-8B-PRM-Deepseek-Data", "llama", "LlamaForCausalLM", None, {}),
-    "granite-prm": Folder("granite-3.3-8b-math-prm-v2", "granite", "GraniteForCausalLM", None, {"logits_scaling": 8.0}),
+    "granite-prm": Folder(
+        "granite-3.3-8b-math-prm-v2", "granite", "GraniteForCausalLM", None, {"logits_scaling": 2.0}
+    ),
     "skywork-prm": Folder(
         "Skywork-o1-Open-PRM-Qwen-2.5-1.5B",
         "skywork",

@@ -89,7 +89,7 @@ def _code(draw: random.Random) -> Solution:
     problem = f"Write `f(n)`, the sum of the multiples of {k} below n:"
     steps = [
         f"We loop over multiples of {k}.",
-        f"```python\ndef f(n):\n    total = 0\n    for i in range(0, n, {k}):\n        total += i\n\n    return total\n```",
+        f"```python\ndef f(n):\n    t = 0\n    for i in range(0, n, {k}):\n        t += i\n\n    return t\n```",
         f"{{'n': 10, \"f\": {sum(range(0, 10, k))}}}",
         f"Complexity: O(n/{k}); done",
     ]
@@ -97,6 +97,6 @@ def _code(draw: random.Random) -> Solution:
 
 
 def solutions(number: int = 386, seed: int = 15) -> list[Solution]:
-    """Problems with the steps of their solutions, which neither begin nor end with white space; the same every time."""
+    """Problems with the steps of their solutions, none with white space at its ends; the same every time."""
     draw = random.Random(seed)
     return [draw.choice([_gsm8k, _prmbench, _trace, _chinese, _code])(draw) for _ in range(number)]

@@ -258,7 +258,7 @@ def vocabulary_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def _divides_logits(config: PreTrainedConfig) -> bool:
-    """Whether the field `logits_scaling` is what logits are divided by. HyperCLOVA X multiplies by a field so named."""
+    """Whether logits are divided by the field `logits_scaling`; HyperCLOVA X multiplies by a field of this name."""
     return config.get_text_config().model_type.startswith("granite")
 
 

@@ -59,7 +59,11 @@ class LoadedParts(Protocol):
 
 
 class Reading(CheckedFields, ABC):
-    """What all readings share. Subclass [`HeadReading`], [`AnswerReading`], [`LogProbReading`] or [`LogRatioReading`]."""
+    """
+    What all readings share.
+
+    Subclass [`HeadReading`], [`AnswerReading`], [`LogProbReading`] or [`LogRatioReading`].
+    """
 
     needs: ClassVar[Literal["head", "vocabulary", "log_probs", "log_ratio"] | None] = None
 
