@@ -1,5 +1,7 @@
 """Rendering with three real tokenizers: what is written, where it is read, and what a policy cannot forge."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,41 +54,43 @@ QWEN = Tagged(tag="<extra_0>", chat=True, system="Be exact.")
 SHEPHERD = Tagged(tag=" ки", first=" ", between="\n", bos=True)
 LINES = Tagged(tag="\n", prompt="{problem}\n", bos=True)
 EURUS = Bare(chat=True, after="\n\n", closing="first")
+# As Math-Shepherd's training data has it, for a policy that does not number its steps
+NUMBERED = Tagged(tag=" ки", first=" Step {number}: ", between="\nStep {number}: ", bos=True)
+ASKED = Turns(after=" Is step {number} correct (Y/N)?", answer="Y")
 PAIRS = [
     ("qwen", QWEN),
     ("mistral", SHEPHERD),
     ("llama", LINES),
     ("llama", Turns()),
-    ("qwen", Turns()),
+    ("qwen", ASKED),
     ("qwen", EURUS),
+    ("mistral", NUMBERED),
     ("mistral", Bare(prompt="Question:\n{problem}\n", bos=True, apart=True)),
 ]
 
 
-def conversation(rendering, problem, steps):
-    """The messages that a rendering with a chat template stands for, joined by hand."""
-    system = [] if rendering.system is None else [("system", rendering.system)]
-    if isinstance(rendering, Turns):
-        said = [f"{problem} {steps[0]}", *steps[1:]]
-        turns = [turn for text in said for turn in (("user", text), ("assistant", "+"))]
-    elif isinstance(rendering, Tagged):
-        turns = [("user", problem), ("assistant", "".join(step + rendering.tag for step in steps))]
-    else:
-        turns = [("user", problem), ("assistant", rendering.after.join(steps))]
-    return [{"role": role, "content": text} for role, text in system + turns]
-
-
 def written(tokenizer, rendering, problem, steps):
-    """The text that a rendering stands for, up to its last read position."""
-    if rendering.chat:
-        text = tokenizer.apply_chat_template(conversation(rendering, problem, steps), tokenize=False)
-        end = tokenizer.eos_token
-        return text[: text.rindex(end)] + end * isinstance(rendering, Bare)
+    """The text that a rendering stands for, joined by hand, up to its last read position."""
+    before = [rendering.first, *[rendering.between] * (len(steps) - 1)]
+    steps = [before[n].replace("{number}", str(n + 1)) + step for n, step in enumerate(steps)]
     if isinstance(rendering, Tagged):
-        body = rendering.first + rendering.between.join(step + rendering.tag for step in steps)
+        body = "".join(step + rendering.tag for step in steps)
     else:
         body = rendering.after.join(steps)
-    return (tokenizer.bos_token or "") * rendering.bos + rendering.prompt.replace("{problem}", problem) + body
+    if not rendering.chat:
+        return (tokenizer.bos_token or "") * rendering.bos + rendering.prompt.replace("{problem}", problem) + body
+    turns = [("user", problem), ("assistant", body)]
+    if isinstance(rendering, Turns):
+        asked = [step + rendering.after.replace("{number}", str(n)) for n, step in enumerate(steps, start=1)]
+        asked[0] = problem + asked[0]
+        turns = [turn for text in asked for turn in (("user", text), ("assistant", rendering.answer))]
+    if rendering.system is not None:
+        turns.insert(0, ("system", rendering.system))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    # What ends the last message
+    end = tokenizer.eos_token
+    return text[: text.rindex(end)] + end * isinstance(rendering, Bare)
 
 
 @pytest.mark.parametrize(("name", "rendering"), PAIRS)
@@ -107,7 +111,7 @@ def test_a_rendering_writes_its_text_once_and_reads_each_step_once(tokenizers, n
     if isinstance(rendering, Tagged):
         assert {ids[read] for read in reads} == {one_id(tokenizer, rendering.tag, "tag")}
     if isinstance(rendering, Turns):
-        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, "+", "answer")}
+        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, rendering.answer, "answer")}
 
 
 @pytest.mark.parametrize(("name", "rendering"), PAIRS)
@@ -167,6 +171,36 @@ def test_pieces_of_ordinary_text_are_the_ids_of_the_whole(tokenizers):
     assert LINES.render(llama, problem, steps).ids.count(llama.bos_token_id) == 1
 
 
+def test_the_number_of_a_step_is_written_where_the_preset_says_and_nowhere_else(tokenizers):
+    problem, steps = "What is 2 + {number}?", ["2 + 3 = {number}.", "So {number} it is."]
+    mistral, qwen = tokenizers["mistral"], tokenizers["qwen"]
+    text = "What is 2 + {number}? Step 1: 2 + 3 = {number}. ки\nStep 2: So {number} it is. ки"
+    assert NUMBERED.render(mistral, problem, steps).ids == mistral.encode(text)
+    bare = Bare(first=" {number})", between=" {number})", after=" [{number}]")
+    text = "What is 2 + {number}? 1)2 + 3 = {number}. [1] 2)So {number} it is."
+    assert bare.render(qwen, problem, steps).ids == qwen.encode(text)
+
+
+def test_the_end_is_written_last_and_scored(tokenizers):
+    llama = tokenizers["llama"]
+    athene = Bare(chat=True, closing="all", end="{cls_token}<|eot_id|>")
+    plain = Bare(chat=True, closing="all").render(llama, "2 + 3?", ["2 + 3", "= 5"])
+    ids, _, reads = athene.render(llama, "2 + 3?", ["2 + 3", "= 5"])
+    assert ids == [*plain.ids, 128003, 128009] and reads == [plain.score_positions[0], len(ids) - 1]
+    athene.check(llama)
+    with pytest.raises(ValueError, match=r"end is '\{sep_token\}', but this tokenizer has no sep_token"):
+        Bare(end="{sep_token}").check(llama)
+
+
+def test_a_template_tokenized_as_a_text_has_what_the_tokenizer_puts_before_texts(tokenizers):
+    for name, start in (("llama", [128000]), ("qwen", [])):
+        tokenizer = tokenizers[name]
+        for rendering in (Bare(chat=True, closing="all"), Turns()):
+            once = rendering.render(tokenizer, "2 + 3?", ["2 + 3", "= 5"])
+            again = replace(rendering, as_text=True).render(tokenizer, "2 + 3?", ["2 + 3", "= 5"])
+            assert again.ids == start + once.ids and again.prompt_length == len(start) + once.prompt_length
+
+
 def test_contradictory_renderings_are_errors():
     with pytest.raises(ValueError, match="must say where {problem} goes"):
         Tagged(prompt="Question")
@@ -174,6 +208,10 @@ def test_contradictory_renderings_are_errors():
         Bare(chat=True, bos=True)
     with pytest.raises(ValueError, match="a system message needs chat=True"):
         Bare(system="Be exact.")
+    with pytest.raises(ValueError, match="as_text=True .* needs chat=True"):
+        Bare(as_text=True)
+    with pytest.raises(ValueError, match="apart=True and prefixes=True"):
+        Bare(apart=True, prefixes=True)
 
 
 def test_a_separator_of_several_ids_is_read_at_its_last(tokenizers):

@@ -66,10 +66,19 @@ class ProcessRewardModel(RewardModel):
             for number, step in enumerate(own):
                 if not step.strip():
                     raise ValueError(f"solution {index}: step {number} is empty.")
-        solutions = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
+        inputs = [self.preset.rendering.inputs(own) for own in steps]
+        rendered = []
+        for problem, own in zip(problems, inputs, strict=True):
+            rendered += [self._render(problem, part) for part in own]
+        found = iter(self._score(rendered))
         scores = []
-        for own, values in zip(steps, self._score(solutions), strict=True):
-            scores.append([*values, *[None] * (len(own) - len(values))])
+        for own, parts in zip(steps, inputs, strict=True):
+            values: list[float | None] = []
+            for _ in parts:
+                scored = next(found)
+                # What did not fit is the end of this input
+                values += [*scored, *[None] * (len(own) // len(parts) - len(scored))]
+            scores.append(values)
         return scores
 
     def split(self, solution: str) -> list[str]:

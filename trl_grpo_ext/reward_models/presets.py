@@ -12,7 +12,7 @@ from ..distributed import is_main_process
 from ..steps.segmentation import Segmentation
 from .heads import GatedObjectivesHead, LinearHead, MLPHead
 from .preset import Preset
-from .readings import LabelSoftmax, LogRatio, SequenceScalar, Sigmoid, TokenPair
+from .readings import AnswerProbability, LabelSoftmax, LogRatio, SequenceScalar, Sigmoid, TokenPair
 from .rendering import Bare, Tagged, Turns
 
 
@@ -35,6 +35,16 @@ PRESETS: dict[str, Preset] = {
             stray_keys=("lm_head.*",),
             max_length=4096,
         ),
+        # Trained on thinking and answer; the checkpoint of 1.5B has another form, with its head in a file of its own
+        Preset(
+            name="reasonflux-prm",
+            models=("Gen-Verse/ReasonFlux-PRM-7B",),
+            kind="process",
+            rendering=Tagged(tag="<extra_0>", chat=True),
+            reading=LabelSoftmax(indices=(1,)),
+            head=MLPHead("score", outputs=2),
+            stray_keys=("lm_head.*",),
+        ),
         Preset(
             name="math-shepherd",
             models=("peiyi9979/math-shepherd-mistral-7b-prm",),
@@ -53,6 +63,14 @@ PRESETS: dict[str, Preset] = {
             reading=TokenPair(good="+", bad="-"),
             semantics="value",
             reduce="last",
+        ),
+        # One of the two is an adapter on Granite
+        Preset(
+            name="granite-prm",
+            models=("ibm-granite/granite-3.3-8b-lora-math-prm", "ibm-granite/granite-3.3-8b-math-prm-v2"),
+            kind="process",
+            rendering=Turns(after=" Is this response correct so far (Y/N)?", answer="Y"),
+            reading=AnswerProbability(),
         ),
         Preset(
             name="skywork-prm",
@@ -135,6 +153,56 @@ PRESETS: dict[str, Preset] = {
             head=MLPHead("score", outputs=1),
             stray_keys=("lm_head.*",),
             semantics="reward",
+        ),
+        # Its system message is empty, which is not none: templates write one of their own then
+        Preset(
+            name="world-pm",
+            models=("Qwen/WorldPM-72B*",),
+            kind="outcome",
+            rendering=Bare(chat=True, closing="all", system=""),
+            reading=SequenceScalar(),
+            head=MLPHead("score", outputs=1),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+        ),
+        Preset(
+            name="inf-orm",
+            models=("infly/INF-ORM-Llama3.1-*",),
+            architectures=("INFORMForSequenceClassification",),
+            kind="outcome",
+            rendering=Bare(chat=True, closing="all"),
+            reading=SequenceScalar(),
+            head=MLPHead("score", outputs=1),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+        ),
+        Preset(
+            name="grm",
+            models=("Ray2333/GRM-*-sftreg",),
+            kind="outcome",
+            rendering=Bare(chat=True, as_text=True, closing="all"),
+            reading=SequenceScalar(),
+            head=MLPHead("v_head.summary", outputs=1, widths=(1024,)),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+        ),
+        Preset(
+            name="athene-rm",
+            models=("Nexusflow/Athene-RM-*",),
+            kind="outcome",
+            rendering=Bare(chat=True, as_text=True, closing="all", end="{cls_token}"),
+            reading=SequenceScalar(),
+            head=LinearHead("v_head", outputs=1, bias=False),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+            max_length=4096,
+        ),
+        Preset(
+            name="rlhflow-orm",
+            models=("RLHFlow/Llama3.1-8B-ORM-*",),
+            kind="outcome",
+            rendering=Turns(answer="+"),
+            reading=TokenPair(good="+", bad="-"),
         ),
         Preset(
             name="armo-rm",

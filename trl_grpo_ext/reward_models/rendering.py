@@ -6,6 +6,7 @@ chat template frames the solution, the ids are those of the template's own outpu
 [`~trl_grpo_ext.reward_models.chat.write_chat`].
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,10 @@ class Rendering(CheckedFields, ABC):
     def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
         """Ids of each step in turn."""
 
+    def inputs(self, steps: Sequence[str]) -> list[Sequence[str]]:
+        """The steps of each input that a solution becomes: all in one input, or an input for each step."""
+        return [steps]
+
     def render(
         self, tokenizer: Any, problem: Problem, steps: Sequence[str], max_length: int | None = None
     ) -> Rendered:
@@ -177,6 +182,11 @@ class _Place(NamedTuple):
     end: int
 
 
+def _numbered(text: str, number: int) -> str:
+    """A preset's words at a step, with the step's number."""
+    return text.replace("{number}", str(number))
+
+
 @dataclass(frozen=True)
 class _Prompted(Rendering):
     """
@@ -186,9 +196,9 @@ class _Prompted(Rendering):
         prompt (`str`, *optional*, defaults to `"{problem}"`):
             The question; `{problem}` is replaced.
         first (`str`, *optional*, defaults to `""`):
-            Written before the first step.
+            Written before the first step; `{number}` is replaced by the step's number, from 1.
         between (`str`, *optional*, defaults to `""`):
-            Written before each further step.
+            Written before each further step; `{number}` as in `first`.
         chat (`bool`, *optional*, defaults to `False`):
             Whether the tokenizer's chat template writes question (user) and steps (assistant). A problem may then be a
             conversation, whose last message of the user is the question.
@@ -197,6 +207,9 @@ class _Prompted(Rendering):
         bos (`bool`, *optional*, defaults to `False`):
             Whether the beginning-of-sequence id comes first, for a tokenizer that has one. A chat template writes its
             own.
+        as_text (`bool`, *optional*, defaults to `False`):
+            Whether what the chat template writes is tokenized as any text is. Before it then stands what the tokenizer
+            puts before a text, such as a second beginning-of-sequence id.
     """
 
     prompt: str = "{problem}"
@@ -205,6 +218,7 @@ class _Prompted(Rendering):
     chat: bool = False
     system: str | None = None
     bos: bool = False
+    as_text: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,6 +228,8 @@ class _Prompted(Rendering):
             raise ValueError("chat=True and bos=True: a chat template writes the beginning-of-sequence token itself.")
         if self.system is not None and not self.chat:
             raise ValueError("a system message needs chat=True.")
+        if self.as_text and not self.chat:
+            raise ValueError("as_text=True is about what a chat template writes; it needs chat=True.")
 
     @property
     def takes_conversations(self) -> bool:
@@ -234,10 +250,19 @@ class _Prompted(Rendering):
         if self._places(tokenizer, self._write(tokenizer, _TRIED_PROBLEM, _TRIED_STEPS), _TRIED_STEPS) is None:
             raise ValueError(f"the chat template of {_named(tokenizer)} leaves out or rewrites steps.")
 
+    def _start_ids(self, tokenizer: Any) -> list[int]:
+        """Ids before the question or the chat."""
+        if self.as_text:
+            return tokenizer.encode("")
+        return [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
+
+    def _end_ids(self, tokenizer: Any) -> list[int]:
+        """Ids after the last step, which is scored at the last of them."""
+        return []
+
     def prompt_ids(self, tokenizer: Any, problem: str) -> list[int]:
         """Ids of the question without a chat, after the beginning-of-sequence id."""
-        bos = [tokenizer.bos_token_id] if self.bos and tokenizer.bos_token_id is not None else []
-        return bos + encode_text(tokenizer, self._question(problem))
+        return self._start_ids(tokenizer) + encode_text(tokenizer, self._question(problem))
 
     def render(
         self, tokenizer: Any, problem: Problem, steps: Sequence[str], max_length: int | None = None
@@ -250,10 +275,16 @@ class _Prompted(Rendering):
         if places is None:
             _warn_of_template(tokenizer)
             return Rendered([], 0, [])
+        start = self._start_ids(tokenizer)
+        closing = self._end_ids(tokenizer)
+        ids = [*start, *chat.ids]
+        places = [_Place(len(start) + score, len(start) + end) for score, end in places]
+        if places and closing:
+            ids = [*ids[: places[-1].end], *closing]
+            places[-1] = _Place(len(ids) - 1, len(ids))
         kept = list(takewhile(lambda place: max_length is None or place.end <= max_length, places))
-        prompt_length = chat.tokens_up_to(self._first_start(chat))
-        end = kept[-1].end if kept else prompt_length
-        return Rendered(chat.ids[:end], prompt_length, [place.score for place in kept])
+        prompt_length = len(start) + chat.tokens_up_to(self._first_start(chat))
+        return Rendered(ids[: kept[-1].end if kept else prompt_length], prompt_length, [place.score for place in kept])
 
     def _write(self, tokenizer: Any, problem: Problem, steps: Sequence[str]) -> WrittenChat:
         return write_chat(tokenizer, self._messages(problem, steps), self._cuts_marked(tokenizer))
@@ -294,7 +325,11 @@ class _Prompted(Rendering):
 
     def _step_texts(self, steps: Sequence[str]) -> list[str]:
         """The steps, each after `first` or `between`."""
-        return [(self.between if number else self.first) + step for number, step in enumerate(steps)]
+        texts = []
+        for number, step in enumerate(steps, start=1):
+            before = self.first if number == 1 else self.between
+            texts.append(_numbered(before, number) + step)
+        return texts
 
 
 @dataclass(frozen=True)
@@ -371,12 +406,15 @@ class Turns(_Prompted):
     The first message is the question, `first` and the first step.
 
     Args:
+        after (`str`, *optional*, defaults to `""`):
+            Written after each step, in its message; `{number}` as in `first`.
         answer (`str`, *optional*, defaults to `"+"`):
             What the assistant says after every step, exactly one id.
     """
 
     first: str = " "
     chat: bool = True
+    after: str = ""
     answer: str = "+"
 
     def __post_init__(self) -> None:
@@ -399,7 +437,7 @@ class Turns(_Prompted):
             raise ValueError(
                 f"steps follow the question in its message, so a conversation must end with the user: {problem!r}."
             )
-        texts = self._step_texts(steps)
+        texts = [text + _numbered(self.after, number) for number, text in enumerate(self._step_texts(steps), start=1)]
         said = [Message(question.fields, [*question.pieces, *_marked_text(text)]) for text in texts[:1]]
         said += [Message({"role": "user"}, [Piece(text)]) for text in texts[1:]]
         answer = Message({"role": "assistant"}, [Piece(self.answer, is_marked=True, is_meant=True)])
@@ -433,17 +471,25 @@ class Bare(_Prompted):
 
     Args:
         after (`str`, *optional*, defaults to `""`):
-            Written after each step but the last; it belongs to the step.
+            Written after each step but the last; it belongs to the step. `{number}` as in `first`.
         closing (`str`, *optional*, defaults to `"none"`):
             How much of what the chat template writes after the last step belongs to it: `"none"`, `"first"` (the token
             that ends the message) or `"all"`.
+        end (`str`, *optional*, defaults to `""`):
+            Written at the very end, where the score of the last step then is. Special tokens in it are meant as such,
+            and `{eos_token}`, `{cls_token}` and the like stand for the tokenizer's own.
         apart (`bool`, *optional*, defaults to `False`):
             Whether each step is tokenized as a text by itself, for models whose training data was.
+        prefixes (`bool`, *optional*, defaults to `False`):
+            Whether the steps up to each step are an input of their own with one score, for sequence classifiers that
+            judge unfinished solutions. A solution of K steps then takes K inputs.
     """
 
     after: str = ""
     closing: Literal["none", "first", "all"] = "none"
+    end: str = ""
     apart: bool = False
+    prefixes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -453,36 +499,57 @@ class Bare(_Prompted):
             raise ValueError(f"closing={self.closing!r} needs chat=True.")
         if self.apart and self.chat:
             raise ValueError("apart=True and chat=True: what a chat template writes is tokenized as a whole.")
+        if self.apart and self.prefixes:
+            raise ValueError("apart=True and prefixes=True: the steps of a prefix are tokenized as one text.")
+
+    def check(self, tokenizer: Any) -> None:
+        """Raise `ValueError` if `end` names a token that the tokenizer does not have, and as [`_Prompted.check`]."""
+        self._end_ids(tokenizer)
+        super().check(tokenizer)
+
+    def inputs(self, steps: Sequence[str]) -> list[Sequence[str]]:
+        """One input with all steps; with `prefixes` one for each step, with the steps up to it."""
+        return [steps[: number + 1] for number in range(len(steps))] if self.prefixes else [steps]
+
+    def _end_ids(self, tokenizer: Any) -> list[int]:
+        text = self.end
+        for name, token in tokenizer.special_tokens_map.items():
+            text = text.replace(f"{{{name}}}", str(token))
+        if missing := re.search(r"\{\w+_token\}", text):
+            raise ValueError(f"end is {self.end!r}, but this tokenizer has no {missing[0][1:-1]}.")
+        return continue_with(tokenizer, text, encode_template)
+
+    def _scored_texts(self, steps: Sequence[str]) -> list[str]:
+        """The texts with a score at their end: the steps, each but the last with `after`, or one prefix."""
+        texts = self._step_texts(steps)
+        for index in range(len(texts) - 1):
+            texts[index] += _numbered(self.after, index + 1)
+        return ["".join(texts)] if self.prefixes else texts
 
     def step_ids(self, tokenizer: Any, steps: Sequence[str]) -> Iterator[RenderedStep]:
         """Ids of each step and of what is written after it."""
         encode = encode_text if self.apart else continue_text
-        texts = self._step_texts(steps)
-        for text in texts[:-1]:
-            ids = encode(tokenizer, text + self.after)
-            yield RenderedStep(ids, len(ids) - 1)
-        for text in texts[-1:]:
-            ids = encode(tokenizer, text)
+        texts = self._scored_texts(steps)
+        for number, text in enumerate(texts, start=1):
+            ids = encode(tokenizer, text) + (self._end_ids(tokenizer) if number == len(texts) else [])
             yield RenderedStep(ids, len(ids) - 1)
 
     def _pieces(self, steps: Sequence[str]) -> list[Piece]:
-        texts = self._step_texts(steps)
-        pieces = [Piece(text + self.after, is_marked=number > 0) for number, text in enumerate(texts[:-1])]
-        for text in texts[-1:]:
-            # A template may cut off white space at the end of a message
-            said = text.rstrip()
-            pieces += [Piece(said, is_marked=len(texts) > 1), Piece(text[len(said) :], is_marked=True)]
-        return pieces
+        *before, last = self._scored_texts(steps) or [""]
+        pieces = [Piece(text, is_marked=number > 0) for number, text in enumerate(before)]
+        # A template may cut off white space at the end of a message
+        said = last.rstrip()
+        return [*pieces, Piece(said, is_marked=bool(before)), Piece(last[len(said) :], is_marked=True)]
 
     def _places(self, tokenizer: Any, chat: WrittenChat, steps: Sequence[str]) -> list[_Place] | None:
         places = []
-        texts = self._step_texts(steps)
-        for mark, text in zip(chat.marks, texts, strict=True):
-            is_last = len(places) == len(texts) - 1
+        texts = self._scored_texts(steps)
+        for number, (mark, text) in enumerate(zip(chat.marks, texts, strict=False), start=1):
+            is_last = number == len(texts)
             if is_last and self.closing == "all":
                 # All that the template writes, however it has rewritten the step
                 score = len(chat.tokens) - 1
-            elif mark is None or not _ends_at(chat, mark, text if is_last else text + self.after):
+            elif mark is None or not _ends_at(chat, mark, text):
                 return None
             else:
                 score = chat.token_before(mark)

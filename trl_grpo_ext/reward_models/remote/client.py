@@ -17,7 +17,7 @@ from ..presets import resolve_preset
 from ..problem import LAST_USER, ProblemLike, ProblemReader, as_problem
 from ..progress import scoring_bar
 from ..readings import LabelSoftmax
-from ..rendering import Problem
+from ..rendering import Problem, Rendering
 from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
@@ -97,6 +97,11 @@ class RemoteRewardModel(RemoteSource):
         if (self.rendering is None) != (self.tokenizer is None):
             raise ValueError("rendering (or preset) and tokenizer go together: the reward model's own, or neither.")
         self._problem = ProblemReader(self.problem, self._takes_conversations)
+        if isinstance(self.rendering, Rendering) and len(self.rendering.inputs(["one", "two"])) > 1:
+            raise ValueError(
+                f"{self.rendering} makes an input of each step, and one request holds one input of a solution. Load "
+                "the model here, or serve it by `python -m trl_grpo_ext.serve` and leave rendering and preset out."
+            )
 
     def _name_parts(self) -> list[str]:
         return [] if self.model is None else [self.model.split("/")[-1]]
