@@ -580,9 +580,9 @@ def _named(tokenizer: Any) -> str:
 
 
 def _ends_at(chat: WrittenChat, place: int, text: str) -> bool:
-    """Whether the last line of a text, or of what a template has left of it, ends at a place but for white space."""
-    last_line = text.rstrip().rpartition("\n")[2].strip()
-    return chat.text[:place].rstrip().endswith(last_line)
+    """Whether the last line of a text ends at a place of what a template has written, whatever white space is there."""
+    last_line = "".join(text.rstrip().rpartition("\n")[2].split())
+    return "".join(chat.text[:place].split()).endswith(last_line)
 
 
 def _warn_of_template(tokenizer: Any) -> None:
