@@ -208,12 +208,12 @@ def test_a_tokenizer_without_offsets_finds_the_same_places():
         tokenizer.chat_template = template
     rendering = Bare(chat=True, after=" ;", closing="none")
     steps = ["2 + 3 = 5", "so 5"]
-    found = [rendering.render(tokenizer, "2 + 3?", steps) for tokenizer in (fast, slow)]
-    ends = [
-        [tokenizer.decode(one.ids[: position + 1]).strip()[-5:] for position in one.score_positions]
-        for tokenizer, one in zip((fast, slow), found, strict=True)
-    ]
-    assert ends[0] == ends[1] == ["= 5 ;", " so 5"] or [end[-3:] for end in ends[1]] == ["5 ;", "o 5"]
+    for tokenizer in (fast, slow):
+        ids, prompt_length, positions = rendering.render(tokenizer, "2 + 3?", steps)
+        texts = [tokenizer.decode(ids[:end]) for end in (prompt_length, *(position + 1 for position in positions))]
+        written = [text.replace(" ", "").replace("<0x0A>", "\n") for text in texts]
+        frame = "[user]2+3?\n[assistant]"
+        assert written == [frame, f"{frame}2+3=5;", f"{frame}2+3=5;so5"]
 
 
 def test_the_marks_of_pieces_survive_texts_that_look_like_marks():
