@@ -146,16 +146,13 @@ def test_turns_have_the_ids_of_the_template(tokenizers, template):
     assert tokenizer.decode(ids[:prompt_length]).rstrip().endswith(PROBLEM)
 
 
-def test_steps_that_a_template_drops_stay_unjudged_and_a_warning_says_so(tokenizers, monkeypatch):
-    said = []
-    monkeypatch.setattr("trl_grpo_ext.reward_models.rendering.logger.warning_once", said.append)
+def test_steps_that_a_template_drops_are_not_found(tokenizers):
     tokenizer = tokenizers["deepseek_r1_distill"]
     steps = ["<think> 2 + 3 is 5. </think>", "So 5."]
     for rendering in (Tagged(tag="<extra_0>", chat=True), Bare(chat=True, after="\n\n", closing="first")):
-        assert rendering.render(tokenizer, PROBLEM, steps).score_positions == []
-    assert len(said) == 2 and "Segmentation(scope='answer') gives the template no thinking" in said[0]
-    assert len(Tagged(tag="<extra_0>", chat=True).render(tokenizer, PROBLEM, steps[1:]).score_positions) == 1
-    assert len(said) == 2
+        assert rendering.render(tokenizer, PROBLEM, steps) == ([], 0, [])
+        answer = rendering.render(tokenizer, PROBLEM, steps[1:])
+        assert len(answer.score_positions) == 1
 
 
 @settings(max_examples=60, deadline=None)

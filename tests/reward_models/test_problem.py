@@ -1,6 +1,7 @@
 """What of a prompt a reward model or a judge is given as the problem."""
 
 import asyncio
+import copy
 import functools
 import json
 
@@ -181,6 +182,21 @@ def test_a_loaded_model_is_given_the_problem(causal, said):
     assert model.score_steps([PROMPT], [["5"]]) == [[0.5]] and said == []
     with pytest.raises(TypeError, match=r"problems\[0\] is 5; it must be a text or a conversation"):
         model.score_steps([5], [["5"]])
+
+
+def test_a_template_that_drops_thinking_leaves_solutions_unjudged_and_says_so(causal, monkeypatch):
+    warned = []
+    monkeypatch.setattr("trl_grpo_ext.steps.policy_text.logger.warning_once", warned.append)
+    tokenizer = copy.copy(byte_tokenizer())
+    drops = "{% for m in messages %}<|im_start|>{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = drops
+    model = ProcessRewardModel.from_pretrained(causal, preset=CHAT, tokenizer=tokenizer)
+    thinking = ["<think> 5 * 4", "is 20. </think>", "So 20."]
+    unjudged, (answer,) = model.score_steps(["And times 4?"] * 2, [thinking, thinking[-1:]])
+    assert unjudged == [None] * 3 and answer is not None
+    (message,) = warned
+    assert f"process reward model '{causal}': the chat template leaves out or rewrites a step" in message
+    assert "Segmentation(scope='answer')" in message
 
 
 def test_a_conversation_needs_a_template_and_says_so_before_anything_is_loaded(causal):

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..steps.policy_text import warn_of_template
 from ..steps.segmentation import SegmentationLike, as_segmentation
 from .backbone import Scorer
 from .checkpoint import Checkpoint, locate_checkpoint, split_options
@@ -274,6 +275,11 @@ class RewardModel:
         read = (self.problem, self.segmentation, self.policy_tokenizer)
         return *inputs, *read, model.backbone, model.adapter, self.accelerator
 
+    @property
+    def _source(self) -> str:
+        """What it is called in errors and warnings."""
+        return f"{self.kind} reward model '{self.name}'"
+
     def _check_problems(self, problems: Any) -> list[Problem]:
         """Problems that a user gives: a list of texts, or of conversations where the rendering takes them."""
         if isinstance(problems, str) or not isinstance(problems, (list, tuple)):
@@ -283,11 +289,13 @@ class RewardModel:
 
     def _problems(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Problem]:
         """The problem of each prompt."""
-        source = f"{self.kind} reward model '{self.name}'"
-        return self._problem.read(prompts, columns, source, (self.policy_tokenizer, self.tokenizer))
+        return self._problem.read(prompts, columns, self._source, (self.policy_tokenizer, self.tokenizer))
 
     def _render(self, problem: Problem, steps: Sequence[str]) -> Rendered:
-        return self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
+        rendered = self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
+        if steps and not rendered.ids:
+            warn_of_template(self._source)
+        return rendered
 
     def _score(self, solutions: Sequence[Rendered]) -> list[list[float]]:
         """One score for each score position of each solution."""

@@ -105,7 +105,7 @@ class ProcessRewardModel(RewardModel):
         """
         check_texts(solutions, "solutions")
         if self.segmentation.scope is None and any(map(self.segmentation.find_thinking, solutions)):
-            warn_of_thinking(f"process reward model '{self.name}'")
+            warn_of_thinking(self._source)
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
     def __call__(
@@ -123,9 +123,8 @@ class ProcessRewardModel(RewardModel):
 
         The outputs of tools are not read: the solution is what the policy wrote, its turns one after the other.
         """
-        source = f"process reward model '{self.name}'"
         steps = policy_steps(
-            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source, prompts, prompt_ids
+            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, self._source, prompts, prompt_ids
         )
         problems = self._problems(prompts, columns)
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
@@ -219,15 +218,16 @@ class OutcomeRewardModel(RewardModel):
         **columns: Any,
     ) -> list[float | None]:
         """TRL's call of a reward function. `completion_ids` are read if the segmentation has a scope."""
-        source = f"outcome reward model '{self.name}'"
         problems = self._problems(prompts, columns)
         if self._takes_all:
             texts = [assistant_text(completion) for completion in completions]
             if self.segmentation.scope is None and any(map(self.segmentation.find_thinking, texts)):
-                warn_of_thinking(source)
+                warn_of_thinking(self._source)
             return self._score_texts(problems, texts)
         turns = replace(self.segmentation, by="turn", min_step_tokens=1, max_steps=None)
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, turns, source, prompts, prompt_ids)
+        steps = policy_steps(
+            self.policy_tokenizer, completion_ids, tool_mask, turns, self._source, prompts, prompt_ids
+        )
         joined = ["\n\n".join(step.text for step in own) for own in steps]
         return self._score_texts(problems, [text or None for text in joined])
 

@@ -14,15 +14,11 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers.utils import logging
 
-from ..distributed import is_main_process
 from .chat import Message, Piece, WrittenChat, special_ids, write_chat
 from .encoding import continue_text, continue_with, encode_template, encode_text, one_id
 from .plain_data import CheckedFields
 
-
-logger = logging.get_logger(__name__)
 
 # A problem: a text, or a conversation, whose messages have texts
 Problem = str | Sequence[Mapping[str, Any]]
@@ -38,12 +34,12 @@ class Rendered(NamedTuple):
 
     Args:
         ids (`list[int]`):
-            The ids.
+            The ids; none where a chat template leaves a step out, or rewrites it so that it is not found.
         prompt_length (`int`):
             Number of ids before the first step.
         score_positions (`list[int]`):
             Index into `ids` of each step's score, increasing. The steps that did not fit are the last ones, and have
-            none. No step has one where a chat template leaves a step out, or rewrites it so that it cannot be found.
+            none.
     """
 
     ids: list[int]
@@ -273,7 +269,6 @@ class _Prompted(Rendering):
         chat = self._write(tokenizer, problem, steps)
         places = self._places(tokenizer, chat, steps) if chat.is_safe else None
         if places is None:
-            _warn_of_template(tokenizer)
             return Rendered([], 0, [])
         start = self._start_ids(tokenizer)
         closing = self._end_ids(tokenizer)
@@ -580,16 +575,6 @@ def _named(tokenizer: Any) -> str:
 
 
 def _ends_at(chat: WrittenChat, place: int, text: str) -> bool:
-    """Whether the last line of a text ends at a place of what a template has written, whatever white space is there."""
+    """Whether the last line of a text ends at a place of what a template has written, but for white space."""
     last_line = "".join(text.rstrip().rpartition("\n")[2].split())
     return "".join(chat.text[:place].split()).endswith(last_line)
-
-
-def _warn_of_template(tokenizer: Any) -> None:
-    """Say once that solutions stay unjudged because of what a chat template does with them."""
-    if is_main_process():
-        logger.warning_once(
-            f"The chat template of {_named(tokenizer)} leaves out or rewrites a part of a solution, as some do with "
-            "thinking, so that its steps are not found in what the model would read. Such solutions stay unjudged. "
-            "Segmentation(scope='answer') gives the template no thinking. This is said once."
-        )

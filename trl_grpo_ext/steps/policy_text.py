@@ -181,6 +181,16 @@ def warn_of_thinking(source: str) -> None:
         )
 
 
+def warn_of_template(source: str) -> None:
+    """Say once that solutions stay unjudged because of what the reward model's chat template does with them."""
+    if is_main_process():
+        logger.warning_once(
+            f"{source}: the chat template leaves out or rewrites a step of a solution, as some templates do with "
+            "thinking, so that it is not found in what the model would read. Such solutions stay unjudged. With "
+            "Segmentation(scope='answer') the template is given no thinking. This is said once."
+        )
+
+
 def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:
     """
     Put the score of each step on the step's last token.

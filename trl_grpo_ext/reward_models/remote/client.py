@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ...concurrency import run_together
 from ...rewards.types import StepRewards
-from ...steps.policy_text import assistant_text, place_on_tokens, policy_steps
+from ...steps.policy_text import assistant_text, place_on_tokens, policy_steps, warn_of_template
 from ...steps.segmentation import Segmentation, SegmentationLike, as_segmentation
 from ..preset import Preset
 from ..presets import resolve_preset
@@ -131,7 +131,10 @@ class RemoteRewardModel(RemoteSource):
         self.max_length = preset.max_length if self.max_length is None else self.max_length
 
     def _render(self, problem: Problem, steps: Sequence[str]) -> Any:
-        return self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
+        rendered = self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
+        if steps and not rendered.ids:
+            warn_of_template(repr(self))
+        return rendered
 
     def _query(self, problem: Problem, steps: Sequence[str]) -> Query | None:
         """A completion for OpenRLHF's protocol; `None` where nothing of it fits into `max_length`."""
