@@ -1,5 +1,8 @@
 """386 solutions with the shapes of real step-by-step files, written by the presets as by the cards' own code."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.support import cards
@@ -37,6 +40,12 @@ def test_the_solutions_have_every_shape_and_are_the_same_every_time():
         assert shape in text, shape
     assert all(part == part.strip() for solution in found for part in (solution.problem, *solution.steps))
     assert {len(solution.steps) for solution in found} >= set(range(1, 13))
+
+
+def test_the_guide_has_a_row_for_each_preset():
+    guide = (Path(__file__).parents[2] / "recipes" / "guide" / "reward_models.md").read_text(encoding="utf-8")
+    table = guide.partition("## The models that are known")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE) == list(PRESETS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
