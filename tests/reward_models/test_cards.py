@@ -1,11 +1,17 @@
 """386 solutions with the shapes of real step-by-step files, written by the presets as by the cards' own code."""
 
+import re
+
 import pytest
 
 from tests.support import cards
+from tests.support.documents import TEXTS, blocks
 from tests.support.hub_folders import load_tokenizer, missing_packages, tokenizer_folder
 from tests.support.solutions import solutions
+from trl_grpo_ext.reward_models.heads import MLPHead
+from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
+from trl_grpo_ext.reward_models.rendering import Tagged
 
 
 # In one process with the other tests of these tokenizers, which take seconds to load
@@ -17,7 +23,7 @@ pytestmark = [
 
 def test_the_solutions_have_every_shape_and_are_the_same_every_time():
     found = solutions()
-    assert len(found) == 386 and found == solutions()
+    assert len(found) == 386 and found == solutions.__wrapped__()
     text = "\n\n".join("\n".join(solution.steps) for solution in found)
     for shape in (
         "<<",
@@ -37,6 +43,20 @@ def test_the_solutions_have_every_shape_and_are_the_same_every_time():
         assert shape in text, shape
     assert all(part == part.strip() for solution in found for part in (solution.problem, *solution.steps))
     assert {len(solution.steps) for solution in found} >= set(range(1, 13))
+
+
+def test_the_guide_has_a_row_for_each_preset():
+    table = TEXTS["recipes/guide/reward_models.md"].partition("## The models that are known")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE) == list(PRESETS)
+
+
+def test_the_preset_of_the_guide_is_one(tmp_path):
+    (example,) = [block for block in blocks("yaml") if "kind: process" in block]
+    file = tmp_path / "my_preset.yaml"
+    file.write_text(example, encoding="utf-8")
+    preset = Preset.from_yaml(file)
+    assert preset.rendering == Tagged(tag=" ки", first=" Step {number}: ", between="\nStep {number}: ", bos=True)
+    assert preset.head == MLPHead("v_head.summary", outputs=2, widths=(1024,))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

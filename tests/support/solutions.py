@@ -1,5 +1,6 @@
 """Problems and solutions with the shapes of real step-by-step files, made here from a seed."""
 
+import functools
 import random
 from typing import NamedTuple
 
@@ -96,6 +97,7 @@ def _code(draw: random.Random) -> Solution:
     return Solution(problem, steps[: draw.randint(1, 4)])
 
 
+@functools.cache
 def solutions(number: int = 386, seed: int = 15) -> list[Solution]:
     """Problems with the steps of their solutions, none with white space at its ends; the same every time."""
     draw = random.Random(seed)

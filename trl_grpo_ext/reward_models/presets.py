@@ -35,7 +35,7 @@ PRESETS: dict[str, Preset] = {
             stray_keys=("lm_head.*",),
             max_length=4096,
         ),
-        # Trained on thinking and answer; the checkpoint of 1.5B has another form, with its head in a file of its own
+        # The checkpoint of 1.5B has another form, with its head in a file of its own
         Preset(
             name="reasonflux-prm",
             models=("Gen-Verse/ReasonFlux-PRM-7B",),
@@ -64,7 +64,7 @@ PRESETS: dict[str, Preset] = {
             semantics="value",
             reduce="last",
         ),
-        # One of the two is an adapter on Granite
+        # One of the two is an adapter on Granite. The cards read the probability of Y itself, not against N
         Preset(
             name="granite-prm",
             models=("ibm-granite/granite-3.3-8b-lora-math-prm", "ibm-granite/granite-3.3-8b-math-prm-v2"),
@@ -154,7 +154,7 @@ PRESETS: dict[str, Preset] = {
             stray_keys=("lm_head.*",),
             semantics="reward",
         ),
-        # Its system message is empty, which is not none: templates write one of their own then
+        # Its system message is empty. Without any, Qwen's template would write one of its own
         Preset(
             name="world-pm",
             models=("Qwen/WorldPM-72B*",),
@@ -176,6 +176,7 @@ PRESETS: dict[str, Preset] = {
             stray_keys=("lm_head.*",),
             semantics="reward",
         ),
+        # The code of the next two tokenizes what the template writes as a text, after a second beginning of sequence
         Preset(
             name="grm",
             models=("Ray2333/GRM-*-sftreg",),
