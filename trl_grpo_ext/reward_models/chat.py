@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..steps.spans import Span
@@ -66,12 +66,6 @@ class Message(NamedTuple):
         return [Span(start, end) for start, end in itertools.pairwise(ends)]
 
 
-class _Token(NamedTuple):
-    id: int
-    start: int
-    end: int
-
-
 class WrittenChat(NamedTuple):
     """
     What a chat template makes of a conversation.
@@ -79,8 +73,10 @@ class WrittenChat(NamedTuple):
     Args:
         text (`str`):
             Its output.
-        tokens (`Sequence`):
-            The tokens of `text`, each with its id and its characters.
+        ids (`Sequence[int]`):
+            The ids of `text`.
+        spans (`Sequence[tuple[int, int]]`):
+            The characters of each token, as start and end.
         last_start (`int`):
             Index into `text` of what it writes of the last message's content.
         marks (`Sequence[int | None]`):
@@ -91,23 +87,19 @@ class WrittenChat(NamedTuple):
     """
 
     text: str
-    tokens: Sequence[_Token]
+    ids: Sequence[int]
+    spans: Sequence[tuple[int, int]]
     last_start: int
     marks: Sequence[int | None]
     is_safe: bool = True
 
-    @property
-    def ids(self) -> list[int]:
-        """The ids of `text`."""
-        return [token.id for token in self.tokens]
-
     def tokens_up_to(self, place: int) -> int:
         """Number of tokens that end at the character `place` or before it."""
-        return bisect_right(self.tokens, place, key=lambda token: token.end)
+        return bisect_right(self.spans, place, key=lambda span: span[1])
 
     def token_before(self, place: int) -> int:
-        """The last token that begins before the character `place`, as an index into `tokens`."""
-        return bisect_left(self.tokens, place, key=lambda token: token.start) - 1
+        """The last token that begins before the character `place`, as an index into `ids`."""
+        return bisect_left(self.spans, place, key=lambda span: span[0]) - 1
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
@@ -147,9 +139,10 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
     last_start = len(os.path.commonprefix([text, _frame_before_last(tokenizer, messages)]))
     places = [[place for place, _ in _marked(message)] for message in messages]
     marks = _find(tokenizer, messages, places, text) or [None] * sum(map(len, places))
-    lookalikes = _find(tokenizer, messages, [_lookalikes(tokenizer, message) for message in messages], text)
+    special = _special_pattern(tokenizer)
+    lookalikes = _find(tokenizer, messages, [_lookalikes(message, special) for message in messages], text)
     if lookalikes is None:
-        return WrittenChat(text, [], last_start, marks, is_safe=False)
+        return WrittenChat(text, [], [], last_start, marks, is_safe=False)
     pieces = [piece for message in messages for _, piece in _marked(message)]
     cuts = []
     for piece, mark in zip(pieces, marks, strict=True):
@@ -159,8 +152,9 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
         # Where its tokens are in the text is not known, but where a text of its own ends is
         ends = [len(piece.text) * piece.is_meant for piece in pieces]
         cuts = [last_start, *(mark + end for mark, end in zip(marks, ends, strict=True) if mark is not None)]
-    plain = _plain_runs(tokenizer, text, [place for place in lookalikes if place is not None])
-    return WrittenChat(text, _tokenize(tokenizer, text, cuts, plain), last_start, marks)
+    plain = _plain_runs(text, special, [place for place in lookalikes if place is not None])
+    ids, spans = _tokenize(tokenizer, text, cuts, plain)
+    return WrittenChat(text, ids, spans, last_start, marks)
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], contents: Sequence[str]) -> str:
@@ -190,11 +184,11 @@ def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _lookalikes(tokenizer: Any, message: Message) -> list[int]:
+def _lookalikes(message: Message, special: re.Pattern[str]) -> list[int]:
     """Places within what looks like a special token and is not meant as one."""
     pairs = zip(message.spans, message.pieces, strict=True)
     meant = [span for span, piece in pairs if piece.is_meant]
-    found = [Span(*match.span()) for match in _special_pattern(tokenizer).finditer(message.content)]
+    found = [Span(*match.span()) for match in special.finditer(message.content)]
     return [start + 1 for start, end in found if not any(span.start <= start and end <= span.end for span in meant)]
 
 
@@ -254,11 +248,11 @@ def _unused_character(text: str) -> str:
     return next(chr(code) for code in _MARKS if chr(code) not in text)
 
 
-def _plain_runs(tokenizer: Any, text: str, lookalikes: Sequence[int]) -> list[Span]:
+def _plain_runs(text: str, special: re.Pattern[str], lookalikes: Sequence[int]) -> list[Span]:
     """The stretches between special tokens in which something only looks like one."""
     if not lookalikes:
         return []
-    found = [Span(*match.span()) for match in _special_pattern(tokenizer).finditer(text)]
+    found = [Span(*match.span()) for match in special.finditer(text)]
     true = [span for span in found if not any(span.start < place < span.end for place in lookalikes)]
     starts = [0, *(span.end for span in true)]
     ends = [*(span.start for span in true), len(text)]
@@ -266,28 +260,42 @@ def _plain_runs(tokenizer: Any, text: str, lookalikes: Sequence[int]) -> list[Sp
     return [run for run in runs if any(run.start < place < run.end for place in lookalikes)]
 
 
-def _tokenize(tokenizer: Any, text: str, cuts: Sequence[int], plain: Sequence[Span]) -> list[_Token]:
-    """The tokens of a text that is cut at some places; in the spans `plain`, nothing is a special token."""
+def _tokenize(
+    tokenizer: Any, text: str, cuts: Sequence[int], plain: Sequence[Span]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """
+    The ids of a text that is cut at some places, and the characters of each.
+
+    In the spans `plain` nothing is a special token. A tokenizer without offsets gives every token of a piece all of
+    the piece's characters, so that the last token of a piece is the last one that begins before the piece's end.
+    """
     edges = {edge for span in plain for edge in span}
-    tokens = []
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
     for start, end in itertools.pairwise(sorted({0, len(text), *cuts, *edges})):
         is_plain = any(span.start <= start and end <= span.end for span in plain)
-        for token_id, first, last in _tokens_of(tokenizer, text[start:end], is_plain, follows=start > 0):
-            tokens.append(_Token(token_id, start + first, start + last))
-    return tokens
+        piece = text[start:end]
+        if not tokenizer.is_fast:
+            encode = encode_text if is_plain else encode_template
+            own_ids = continue_with(tokenizer, piece, encode) if start else encode(tokenizer, piece)
+            own_spans = [(0, len(piece))] * len(own_ids)
+        else:
+            own_ids, own_spans = _with_offsets(tokenizer, piece, is_plain, follows=start > 0)
+        ids += own_ids
+        spans += [(start + first, start + last) for first, last in own_spans] if start else own_spans
+    return ids, spans
 
 
-def _tokens_of(tokenizer: Any, text: str, is_plain: bool, follows: bool) -> Iterator[_Token]:
-    if not tokenizer.is_fast:
-        encode = encode_text if is_plain else encode_template
-        ids = continue_with(tokenizer, text, encode) if follows else encode(tokenizer, text)
-        yield from (_Token(token_id, 0, len(text)) for token_id in ids)
-        return
-    # As `continue_with` does
+def _with_offsets(tokenizer: Any, text: str, is_plain: bool, follows: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text, which follows another one as in [`continue_with`] or not, and the characters of each."""
     lead = "\n" if follows and newline_anchor(tokenizer) else ""
     encoding = tokenizer(
         lead + text, add_special_tokens=False, split_special_tokens=is_plain, return_offsets_mapping=True
     )
-    for token_id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        if end > len(lead) or not lead:
-            yield _Token(token_id, start - len(lead), end - len(lead))
+    ids = encoding["input_ids"]
+    spans = encoding["offset_mapping"]
+    if lead:
+        of_lead = sum(end <= len(lead) for _, end in spans)
+        ids = ids[of_lead:]
+        spans = [(start - len(lead), end - len(lead)) for start, end in spans[of_lead:]]
+    return ids, spans

@@ -543,7 +543,7 @@ class Bare(_Prompted):
             is_last = number == len(texts)
             if is_last and self.closing == "all":
                 # All that the template writes, however it has rewritten the step
-                score = len(chat.tokens) - 1
+                score = len(chat.ids) - 1
             elif mark is None or not _ends_at(chat, mark, text):
                 return None
             else:
@@ -556,7 +556,7 @@ class Bare(_Prompted):
     def _token_that_ends(self, tokenizer: Any, chat: WrittenChat, last: int) -> int:
         """The token that ends the message whose last one is given: the next special one, else the next one."""
         special = special_ids(tokenizer)
-        return next((index for index in range(last + 1, len(chat.tokens)) if chat.ids[index] in special), last + 1)
+        return next((index for index in range(last + 1, len(chat.ids)) if chat.ids[index] in special), last + 1)
 
 
 def _lines(text: str, is_last: bool) -> list[str]:
