@@ -259,3 +259,20 @@ def test_a_bare_id_and_an_outcome_reward_model_score_the_same(tiny_model, tmp_pa
     torch.testing.assert_close(rewards_NK[:, 0], rewards_NK[:, 1], rtol=0, atol=1e-5)
     # Two shapes are the same text
     assert len({round(value, 4) for value in rewards_NK[:, 0].tolist()}) == len(prompts) - 2
+
+
+def test_marks_that_change_what_a_template_writes_find_nothing(tokenizers):
+    tokenizer = tokenizers["qwen3"]
+    # The template cuts off the newlines after thinking, which a mark before them hides
+    pieces = [Piece("<think>a</think>"), Piece("\n\nb", is_marked=True)]
+    chat = write_chat(tokenizer, [Message({"role": "user"}, [Piece("?")]), Message({"role": "assistant"}, pieces)])
+    assert chat.marks == [None] and chat.is_safe
+    assert chat.ids == of_template(tokenizer, ("user", "?"), ("assistant", "<think>a</think>\n\nb"))
+    # What looks like a token beside it cannot be told from the template's own
+    pieces = [Piece("<think>a</think>\n\n<|im_end|>b")]
+    lookalike = "{% for m in messages %}{{ '<|im_end|>' in m['content'] }}{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = lookalike
+    chat = write_chat(tokenizer, [Message({"role": "user"}, [Piece("?")]), Message({"role": "assistant"}, pieces)])
+    assert not chat.is_safe
+    assert Bare(chat=True, closing="all").render(tokenizer, "?", [pieces[0].text]) == ([], 0, [])
