@@ -57,8 +57,8 @@ class ScriptArguments(GRPOScriptArguments, DatasetMixtureConfig):
         reward_model_options (`dict`, *optional*):
             A mapping in YAML, JSON on the command line: keyword arguments of
             [`~trl_grpo_ext.ProcessRewardModel.from_pretrained`] for all reward models, such as `dtype`,
-            `quantization_config`, `offload` or `segmentation` (`{by: blank_line, scope: answer}`). What it leaves out
-            is as for the policy, but nothing is quantised.
+            `quantization_config`, `offload`, `segmentation` (`{by: blank_line, scope: answer}`) or `problem`
+            (`{column: question}`). What it leaves out is as for the policy, but nothing is quantised.
         dataset_options (`dict`, *optional*):
             A mapping in YAML, JSON on the command line. For a reasoning-gym task its options (`size`, `seed`,
             `min_terms`, ...), otherwise keyword arguments of [`~datasets.load_dataset`] (`name`, `revision`, ...).

@@ -32,6 +32,7 @@ PURE = [
     "kl/fused/token_stats.py",
     "loss.py",
     "metrics.py",
+    "reward_models/chat.py",
     "reward_models/encoding.py",
     "reward_models/plain_data.py",
     "reward_models/readings.py",
@@ -45,6 +46,7 @@ PURE = [
     "rewards/step_reductions.py",
     "rewards/transforms.py",
     "rewards/turns.py",
+    "steps/spans.py",
     "tables.py",
     "rewards/types.py",
 ]

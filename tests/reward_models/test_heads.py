@@ -1,5 +1,7 @@
 """Readings against float64 computations over full logits, on tiny models without tokenizers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
 )
 
@@ -21,11 +25,12 @@ from trl_grpo_ext.reward_models.heads import (
     Heads,
     LinearHead,
     MLPHead,
-    vocabulary_head,
 )
 from trl_grpo_ext.reward_models.readings import (
+    AnswerProbability,
     LabelSoftmax,
     LogitsReadOut,
+    LogProbReadOut,
     LogRatio,
     LogRatioReadOut,
     SequenceScalar,
@@ -65,7 +70,7 @@ def adapted(model, causal):
 
 
 def token_pair(model, good, bad):
-    logits = AnswerLogits(vocabulary_head(model), [good, bad])
+    logits = AnswerLogits(model, [good, bad])
     return Scorer(adapted(model, causal=True), LogitsReadOut(logits, TokenPair()))
 
 
@@ -130,28 +135,69 @@ def head_scorer(decoder, heads, reading):
     return Scorer(adapted(decoder, causal=False), LogitsReadOut(heads, reading))
 
 
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def gelu(x):
+    return x * np.vectorize(lambda value: (1 + math.erf(value / math.sqrt(2))) / 2)(x)
+
+
+HEADS = {
+    "one layer": (LinearHead("a.b", 3), ["a.b"], None),
+    "a value head": (LinearHead("v_head.summary", 1), ["v_head.summary"], None),
+    "without bias": (LinearHead("score", 1, bias=False), ["score"], None),
+    "as wide as the backbone": (MLPHead("score", 2), ["score.0", "score.2"], relu),
+    "GRM's": (MLPHead("v_head.summary", 1, widths=(7,)), ["v_head.summary.0", "v_head.summary.2"], relu),
+    "three layers": (
+        MLPHead("score", 3, bias=False, widths=(5, 9), activation="tanh"),
+        ["score.0", "score.2", "score.4"],
+        np.tanh,
+    ),
+    "layers with names": (
+        MLPHead("classifier", 3, widths=(16,), keys=("dense", "out_proj"), activation="gelu"),
+        ["classifier.dense", "classifier.out_proj"],
+        gelu,
+    ),
+}
+
+
 @torch.no_grad()
-def test_heads_and_readings_equal_numpy(batch):
-    for head, reading, formula in (
-        (
-            LinearHead("a.b", 3),
-            LabelSoftmax((1, 2)),
-            lambda z: (np.exp(z) / np.exp(z).sum(-1, keepdims=True))[:, 1:].sum(-1),
-        ),
-        (MLPHead("score", 2), LabelSoftmax(), lambda z: 1 / (1 + np.exp(z[:, 0] - z[:, 1]))),
-        (LinearHead("v_head.summary", 1), Sigmoid(), lambda z: 1 / (1 + np.exp(-z[:, 0]))),
-        (LinearHead("score", 1, bias=False), SequenceScalar(), lambda z: z[:, 0]),
+@pytest.mark.parametrize("shape", HEADS)
+def test_a_heads_outputs_equal_numpy(batch, shape):
+    head, layers, activation = HEADS[shape]
+    decoder, heads = with_head(head)
+    weights = {key: value.double().numpy() for key, value in heads.state_dict().items()}
+    biases = {f"{layer}.bias" for layer in layers} if head.bias else set()
+    assert weights.keys() == {f"{layer}.weight" for layer in layers} | biases
+    hidden = decoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state
+    x = hidden[batch.rows_R, batch.columns_R].double().numpy()
+    for number, layer in enumerate(layers):
+        x = x @ weights[f"{layer}.weight"].T + weights.get(f"{layer}.bias", 0)
+        x = x if number == len(layers) - 1 else activation(x)
+    np.testing.assert_allclose(heads(hidden, batch).numpy(), x, atol=1e-6, rtol=1e-6)
+
+
+def test_a_head_that_cannot_be_is_an_error():
+    with pytest.raises(ValueError, match="activation is 'rellu'; known: .*relu"):
+        MLPHead("score", 1, activation="rellu")
+    with pytest.raises(ValueError, match=r"keys are \('a', 'b'\); expected 3, one for each layer"):
+        MLPHead("score", 1, widths=(4, 4), keys=("a", "b"))
+    with pytest.raises(TypeError, match="widths is 1024; expected a list, each of whose entries is a whole number"):
+        MLPHead("score", 1, widths=1024)
+
+
+@torch.no_grad()
+def test_readings_equal_numpy():
+    logits = 3 * torch.randn(5, 3)
+    z = logits.double().numpy()
+    for reading, outputs, expected in (
+        (LabelSoftmax((1, 2)), 3, (np.exp(z) / np.exp(z).sum(-1, keepdims=True))[:, 1:].sum(-1)),
+        (LabelSoftmax(), 2, 1 / (1 + np.exp(z[:, 0] - z[:, 1]))),
+        (Sigmoid(), 1, 1 / (1 + np.exp(-z[:, 0]))),
+        (SequenceScalar(), 1, z[:, 0]),
     ):
-        decoder, heads = with_head(head)
-        hidden = decoder(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state
-        x = hidden[batch.rows_R, batch.columns_R].double().numpy()
-        weights = {key: value.double().numpy() for key, value in heads.state_dict().items()}
-        if isinstance(head, MLPHead):
-            x = np.maximum(x @ weights["score.0.weight"].T + weights["score.0.bias"], 0)
-            z = x @ weights["score.2.weight"].T + weights["score.2.bias"]
-        else:
-            z = x @ weights[f"{head.name}.weight"].T + weights.get(f"{head.name}.bias", 0)
-        np.testing.assert_allclose(head_scorer(decoder, heads, reading)(batch).numpy(), formula(z), atol=1e-5)
+        np.testing.assert_allclose(reading.scores(logits[:, :outputs]).numpy(), expected, atol=1e-6)
 
 
 @torch.no_grad()
@@ -192,7 +238,23 @@ def test_models_that_change_their_logits_are_refused():
     for config, field in (
         (Gemma2Config(**sizes, final_logit_softcapping=30.0), "final_logit_softcapping"),
         (CohereConfig(**SIZES, logit_scale=0.25), "logit_scale"),
+        # Multiplied, where Granite's are divided
+        (HyperCLOVAXConfig(**SIZES, logits_scaling=0.25), "logits_scaling"),
     ):
         with pytest.raises(ValueError, match=f"changes its logits .*{field}"):
             token_pair(causal(config), 7, 31)
     token_pair(causal(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)), 7, 31)
+
+
+@torch.no_grad()
+def test_granites_logits_are_divided_as_its_model_divides_them(batch):
+    model = causal(GraniteConfig(**SIZES, logits_scaling=8.0))
+    logits = model(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits.double()
+    pair = logits[batch.rows_R, batch.columns_R][:, [7, 31]].softmax(-1)[:, 0]
+    torch.testing.assert_close(token_pair(model, 7, 31)(batch).double(), pair, atol=1e-6, rtol=0)
+    # The answers are the ids after the score positions
+    shifted = batch._replace(columns_R=batch.columns_R - 1)
+    answers = batch.input_ids_BL[batch.rows_R, batch.columns_R]
+    expected = logits[shifted.rows_R, shifted.columns_R].softmax(-1).gather(-1, answers[:, None])[:, 0]
+    scorer = Scorer(adapted(model, causal=True), LogProbReadOut(AnswerProbability()), log_probs=True)
+    torch.testing.assert_close(scorer(shifted).double(), expected, atol=1e-6, rtol=0)

@@ -8,8 +8,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
+from tests.support import cards
 from tests.support.hub_folders import (
     WIDTH,
     byte_tokenizer,
@@ -19,9 +26,12 @@ from tests.support.hub_folders import (
     save_hub_folder,
 )
 from trl_grpo_ext.reward_models import base
+from trl_grpo_ext.reward_models.heads import LinearHead
 from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
+from trl_grpo_ext.reward_models.readings import AnswerProbability, Sigmoid
+from trl_grpo_ext.reward_models.rendering import Bare
 from trl_grpo_ext.rewards.types import StepRewards
 from trl_grpo_ext.steps.segmentation import Segmentation
 
@@ -41,89 +51,10 @@ SOLUTIONS = [
     ],
     ["Step 1: She keeps 18 × 2 = 36, naïvely.", "Step 2: The answer is 36"],
 ]
-QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
-ACEMATH_SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
-MLP = {"score.0.weight": (WIDTH, WIDTH), "score.0.bias": (WIDTH,)}
-
-# What lies on the Hub: folder name, family, architecture, head, and settings
-FOLDERS = {
-    "qwen-math-prm": (
-        "Qwen2.5-Math-PRM-7B",
-        "qwen",
-        "Qwen2ForProcessRewardModel",
-        {**MLP, "score.2.weight": (2, WIDTH), "score.2.bias": (2,)},
-        {"lm_head": True, "max_position_embeddings": 4096},
-    ),
-    "math-shepherd": ("math-shepherd-mistral-7b-prm", "mistral", "MistralForCausalLM", None, {}),
-    "rlhflow-prm": ("Llama3.1-8B-PRM-Deepseek-Data", "llama", "LlamaForCausalLM", None, {}),
-    "skywork-prm": (
-        "Skywork-o1-Open-PRM-Qwen-2.5-1.5B",
-        "skywork",
-        "Qwen2ForCausalLM",
-        {"v_head.summary.weight": (1, WIDTH), "v_head.summary.bias": (1,)},
-        {"lm_head": True},
-    ),
-    "eurus-prm": ("EurusPRM-Stage2", "qwen", "Qwen2ForCausalLM", None, {}),
-    "trl-prm": (
-        "my-own-prm",
-        "llama",
-        "LlamaForTokenClassification",
-        {"score.weight": (2, WIDTH), "score.bias": (2,)},
-        {"num_labels": 2},
-    ),
-    "versa-prm": ("Llama-PRM800K", "llama", "LlamaForCausalLM", None, {}),
-    "openr-qwen-prm": ("Math-psa", "qwen", "Qwen2ForCausalLM", None, {}),
-    "reason-eval": (
-        "ReasonEval-7B",
-        "mistral",
-        "ReasonEval_7B",
-        {"score_head.weight": (3, WIDTH)},
-        {"use_bias": False, "lm_head": True},
-    ),
-    "acemath-rm": (
-        "AceMath-7B-RM",
-        "qwen",
-        "Qwen2ForSequenceClassification",
-        {"score.weight": (1, WIDTH)},
-        {"num_labels": 1},
-    ),
-    "qwen-math-rm": (
-        "Qwen2.5-Math-RM-72B",
-        "qwen",
-        "Qwen2ForRewardModel",
-        {**MLP, "score.2.weight": (1, WIDTH), "score.2.bias": (1,)},
-        {"lm_head": True},
-    ),
-    "armo-rm": (
-        "ArmoRM-Llama3-8B-v0.1",
-        "llama",
-        "LlamaForRewardModelWithGating",
-        {
-            "regression_layer.weight": (19, WIDTH),
-            "reward_transform_matrix": (19, 19),
-            "gating.logit_scale": (1,),
-            "gating.layers.0.weight": (8, WIDTH),
-            "gating.layers.0.bias": (8,),
-            "gating.layers.1.weight": (8, 8),
-            "gating.layers.1.bias": (8,),
-            "gating.layers.2.weight": (19, 8),
-            "gating.layers.2.bias": (19,),
-        },
-        {"gating_hidden_dim": 8, "gating_n_hidden": 2, "gating_temperature": 3, "num_labels": 1},
-    ),
-    # Llama 3.1 pads with the token that ends a message, which transformers would skip when it pools
-    "sequence-classification": (
-        "Skywork-Reward-V2-Llama-3.1-8B",
-        "llama",
-        "LlamaForSequenceClassification",
-        {"score.weight": (1, WIDTH)},
-        {"num_labels": 1, "pad_token_id": 128009},
-    ),
-}
 
 
 def hub_folder(root, preset, **more):
-    name, family, architecture, head, settings = FOLDERS[preset]
+    name, family, architecture, head, settings = cards.FOLDERS[preset]
     return save_hub_folder(root / name, family, architecture, head=head, **{**settings, **more})
 
 
@@ -182,152 +113,99 @@ class Card:
         mask = None if mask is None else torch.tensor([mask])
         return self.backbone(torch.tensor([ids]), attention_mask=mask).last_hidden_state[0].double()
 
-    def logits(self, ids, mask=None):
-        """Over the vocabulary."""
-        return self.hidden(ids, mask) @ self.weights["lm_head.weight"].to(self.dtype).double().T
+    def logits(self, found, mask=None):
+        """Over the vocabulary, at the positions of an input."""
+        weight = self.weights["lm_head.weight"].to(self.dtype).double()
+        return self.hidden(found.ids, mask)[found.positions] @ weight.T
 
     def linear(self, name, values):
         bias = f"{name}.bias"
         return F.linear(values, self.weight(f"{name}.weight"), self.weight(bias) if bias in self.weights else None)
 
-    def chat(self, *messages):
-        messages = [{"role": role, "content": text} for role, text in messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+    def mlp(self, name, found):
+        hidden = self.hidden(found.ids)[found.positions]
+        return self.linear(f"{name}.2", self.linear(f"{name}.0", hidden).relu())
+
+    def head(self, name, found):
+        return self.linear(name, self.hidden(found.ids)[found.positions])
 
 
-def at(ids, tag):
-    return [position for position, token in enumerate(ids) if token == tag]
+def second_label(logits):
+    return logits.softmax(-1)[:, 1]
 
 
-def qwen_math_prm(card, problem, steps):
-    answer = "<extra_0>".join(steps) + "<extra_0>"
-    ids = card.tokenizer.encode(card.chat(("system", QWEN_SYSTEM), ("user", problem), ("assistant", answer)))
-    logits = card.linear("score.2", card.linear("score.0", card.hidden(ids)).relu())
-    return logits.softmax(-1)[at(ids, 151651), 1]
+def granite_prm(card, found):
+    """The probability of Y over the whole vocabulary; the model divides its logits."""
+    (yes,) = cards.plain(card.tokenizer, "Y")
+    return (card.logits(found) / card.config.logits_scaling).softmax(-1)[:, yes]
 
 
-def math_shepherd(card, problem, steps):
-    ids = card.tokenizer.encode(f"{problem} " + "\n".join(f"{step} ки" for step in steps))
-    assert ids[0] == card.tokenizer.bos_token_id
-    return card.logits(ids)[:, [648, 387]].softmax(-1)[at(ids, 12902), 0]
+def openr_qwen_prm(card, found):
+    seen = [int(token != 76325) for token in found.ids]
+    return card.logits(found, seen)[:, [488, 481]].softmax(-1)[:, 0]
 
 
-def rlhflow_prm(card, problem, steps):
-    conversation, scores = [], []
-    for number, step in enumerate(steps):
-        conversation += [("user", f"{problem} {step}" if number == 0 else step), ("assistant", "+")]
-        ids = card.tokenizer.encode(card.chat(*conversation), add_special_tokens=False)
-        scores.append(card.logits(ids)[-3, [10, 12]].softmax(-1)[0])
-    return torch.stack(scores)
-
-
-def skywork_prm(card, problem, steps):
-    ids, flags = card.tokenizer.encode(card.tokenizer.bos_token + problem + "\n"), []
-    newline = card.tokenizer.encode("\n")[-1]
-    for step in steps:
-        ids = ids + card.tokenizer.encode(step) + [newline]
-        flags.append(len(ids) - 1)
-    return card.linear("v_head.summary", card.hidden(ids)).sigmoid()[flags, 0]
-
-
-def eurus_prm(card, problem, steps):
-    ids = card.tokenizer.encode(card.chat(("user", problem), ("assistant", "\n\n".join(steps))))
-    prompt = len(card.tokenizer.encode(card.chat(("user", problem), ("assistant", "")).removesuffix("<|im_end|>\n")))
+def eurus_prm(card, found):
+    prompt = cards.eurus_prompt(card.tokenizer, PROBLEM)
+    everywhere = found._replace(positions=list(range(len(found.ids))))
     ratios = []
     for model in (card, card.reference):
-        log_probs = model.logits(ids).log_softmax(-1)
-        ratios.append([0.0] + [float(log_probs[t - 1, ids[t]]) for t in range(1, len(ids))])
-    ends = []
-    for number in range(1, len(steps) + 1):
-        begun = "\n\n".join(steps[:number]) + ("\n\n" if number < len(steps) else "<|im_end|>")
-        ends.append(prompt + len(card.tokenizer.encode(begun)) - 1)
-    sums = [sum(ratios[0][t] - ratios[1][t] for t in range(prompt, end + 1)) for end in ends]
+        log_probs = model.logits(everywhere).log_softmax(-1)
+        ratios.append([0.0] + [float(log_probs[t - 1, found.ids[t]]) for t in range(1, len(found.ids))])
+    sums = [sum(ratios[0][t] - ratios[1][t] for t in range(prompt, end + 1)) for end in found.positions]
     return 0.001 * torch.tensor(sums)
 
 
-def trl_prm(card, problem, steps):
-    def encode(text):
-        return card.tokenizer.encode(text, add_special_tokens=False)
-
-    ids, ends = [card.tokenizer.bos_token_id, *encode(problem)], []
-    for step in steps:
-        ids = ids + encode(step) + encode("\n")
-        ends.append(len(ids) - 1)
-    return card.linear("score", card.hidden(ids)).softmax(-1)[ends, 1]
-
-
-def versa_prm(card, problem, steps):
-    ids = card.tokenizer.encode(f"{problem} \n\n" + "".join(f"{step} \n\n\n\n" for step in steps))
-    return card.logits(ids)[:, [12, 10]].softmax(-1)[at(ids, 23535), 1]
-
-
-def openr_qwen_prm(card, problem, steps):
-    ids = card.tokenizer.encode(f"{problem} " + "".join(f"{step} \n\n\n\n\n" for step in steps))
-    seen = [int(token != 76325) for token in ids]
-    return card.logits(ids, seen)[:, [488, 481]].softmax(-1)[at(ids, 76325), 0]
-
-
-def reason_eval(card, problem, steps):
-    mark = card.tokenizer.pad_token
-    text = f"Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
-    marked = card.tokenizer.encode(text + mark + "".join(step + mark for step in steps))
-    ids, ends = [], []
-    for token in marked:
-        if token == card.tokenizer.pad_token_id:
-            ends.append(len(ids) - 1)
-        else:
-            ids.append(token)
-    return card.linear("score_head", card.hidden(ids)).softmax(-1)[ends[1:], 1:].sum(-1)
-
-
-def last_token_rm(system, head):
-    def score(card, problem, solution):
-        messages = [("user", problem), ("assistant", solution)]
-        text = card.chat(*([("system", system)] if system else []), *messages)
-        return head(card, card.hidden(card.tokenizer.encode(text, add_special_tokens=False))[-1])
-
-    return score
-
-
-def armo_rm(card, problem, solution):
-    ids = card.tokenizer.encode(card.chat(("user", problem), ("assistant", solution)), add_special_tokens=False)
+def armo_rm(card, found):
     pattern = [128009, 128006, 78191, 128007, 271]
-    gate = next(j for j in range(len(ids) - 5, -1, -1) if ids[j : j + 5] == pattern)
-    hidden = card.hidden(ids)
+    gate = next(j for j in range(len(found.ids) - 5, -1, -1) if found.ids[j : j + 5] == pattern)
+    hidden = card.hidden(found.ids)
     x = hidden[gate]
     for layer in range(2):
         x = card.linear(f"gating.layers.{layer}", x).relu()
     weights = (card.linear("gating.layers.2", x) / 3).softmax(-1) * card.weight("gating.logit_scale")
-    return (weights * (card.linear("regression_layer", hidden[-1]) @ card.weight("reward_transform_matrix"))).sum()
+    objectives = card.linear("regression_layer", hidden[-1]) @ card.weight("reward_transform_matrix")
+    return (weights * objectives).sum()[None]
 
 
-PROCESS_CARDS = {
-    "qwen-math-prm": qwen_math_prm,
-    "math-shepherd": math_shepherd,
-    "rlhflow-prm": rlhflow_prm,
-    "skywork-prm": skywork_prm,
+# What each card makes of its model's output at the positions of an input
+READ_OUTS = {
+    "qwen-math-prm": lambda card, found: second_label(card.mlp("score", found)),
+    "reasonflux-prm": lambda card, found: second_label(card.mlp("score", found)),
+    "math-shepherd": lambda card, found: card.logits(found)[:, [648, 387]].softmax(-1)[:, 0],
+    "rlhflow-prm": lambda card, found: card.logits(found)[:, [10, 12]].softmax(-1)[:, 0],
+    "granite-prm": granite_prm,
+    "skywork-prm": lambda card, found: card.head("v_head.summary", found).sigmoid()[:, 0],
     "eurus-prm": eurus_prm,
-    "trl-prm": trl_prm,
-    "versa-prm": versa_prm,
+    "trl-prm": lambda card, found: second_label(card.head("score", found)),
+    "versa-prm": lambda card, found: card.logits(found)[:, [12, 10]].softmax(-1)[:, 1],
     "openr-qwen-prm": openr_qwen_prm,
-    "reason-eval": reason_eval,
-}
-OUTCOME_CARDS = {
-    "acemath-rm": last_token_rm(ACEMATH_SYSTEM, lambda card, h: card.linear("score", h)),
-    "qwen-math-rm": last_token_rm(
-        QWEN_SYSTEM, lambda card, h: card.linear("score.2", card.linear("score.0", h).relu())
-    ),
+    "reason-eval": lambda card, found: card.head("score_head", found).softmax(-1)[:, 1:].sum(-1),
+    "acemath-rm": lambda card, found: card.head("score", found)[:, 0],
+    "qwen-math-rm": lambda card, found: card.mlp("score", found)[:, 0],
+    "world-pm": lambda card, found: card.mlp("score", found)[:, 0],
+    "inf-orm": lambda card, found: card.mlp("score", found)[:, 0],
+    "grm": lambda card, found: card.mlp("v_head.summary", found)[:, 0],
+    "athene-rm": lambda card, found: card.head("v_head", found)[:, 0],
+    "rlhflow-orm": lambda card, found: card.logits(found)[:, [10, 12]].softmax(-1)[:, 0],
     "armo-rm": armo_rm,
-    "sequence-classification": last_token_rm(None, lambda card, h: card.linear("score", h)),
+    "sequence-classification": lambda card, found: card.head("score", found)[:, 0],
 }
-SOFTMAXES = [name for name in PROCESS_CARDS if name not in ("skywork-prm", "eurus-prm")]
+SOFTMAXES = [name for name in cards.PROCESS_CARDS if name not in ("skywork-prm", "eurus-prm", "granite-prm")]
+# Scores near 0 on untrained models: a small factor, one of hundreds of tokens
+SMALL = ("eurus-prm", "granite-prm")
+
+
+def of_card(preset, card, solution):
+    """The card's scores of a solution: its steps, or its text."""
+    return READ_OUTS[preset](card, cards.CARDS[preset](card.tokenizer, PROBLEM, solution)).tolist()
 
 
 def test_every_preset_has_its_card():
-    assert {*PROCESS_CARDS} | {*OUTCOME_CARDS} == {*PRESETS} == {*FOLDERS}
+    assert {*cards.CARDS} == {*PRESETS} == {*cards.FOLDERS} == {*READ_OUTS}
 
 
-@pytest.mark.parametrize("preset", PROCESS_CARDS)
+@pytest.mark.parametrize("preset", cards.PROCESS_CARDS)
 def test_process_scores_are_the_cards(preset, folders, reference):
     folder = folders(preset)
     options = {"log_ratio_model": str(reference)} if preset == "eurus-prm" else {}
@@ -337,20 +215,63 @@ def test_process_scores_are_the_cards(preset, folders, reference):
     card.reference = Card(reference)
     scores = model.score_steps([PROBLEM] * 2, SOLUTIONS)
     for steps, read in zip(SOLUTIONS, scores, strict=True):
-        expected = PROCESS_CARDS[preset](card, PROBLEM, steps).tolist()
+        expected = of_card(preset, card, steps)
         # All steps differ, so that a score read elsewhere shows
-        assert len({round(value, 4 if preset != "eurus-prm" else 8) for value in expected}) == len(steps)
-        assert read == pytest.approx(expected, abs=1e-5 if preset != "eurus-prm" else 1e-7)
+        assert len({round(value, 4 if preset not in SMALL else 8) for value in expected}) == len(steps)
+        assert read == pytest.approx(expected, abs=1e-5 if preset not in SMALL else 1e-7)
 
 
-@pytest.mark.parametrize("preset", OUTCOME_CARDS)
+@pytest.mark.parametrize("preset", cards.OUTCOME_CARDS)
 def test_outcome_scores_are_the_cards(preset, folders):
     model = OutcomeRewardModel.from_pretrained(str(folders(preset)))
     assert model.preset == PRESETS[preset]
     solutions = ["\n\n".join(steps) for steps in SOLUTIONS]
     card = Card(folders(preset))
-    expected = [float(OUTCOME_CARDS[preset](card, PROBLEM, solution)) for solution in solutions]
+    expected = [of_card(preset, card, solution)[0] for solution in solutions]
     assert model.score(PROBLEM, solutions) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def test_a_sequence_classifier_judges_each_unfinished_solution(tmp_path):
+    head = {"score.weight": (1, WIDTH)}
+    folder = save_hub_folder(tmp_path / "stepwise", "bytes", "Qwen2ForSequenceClassification", head, num_labels=1)
+    preset = Preset(
+        name="stepwise",
+        kind="process",
+        rendering=Bare(prompt="{problem}\n", between="\n<step>\n", end="{eos_token}", prefixes=True),
+        reading=Sigmoid(),
+        head=LinearHead("score", outputs=1, bias=False),
+    )
+    model = ProcessRewardModel.from_pretrained(str(folder), preset=preset)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected, lengths = [], []
+    for steps in SOLUTIONS:
+        expected.append([])
+        for number in range(len(steps)):
+            ids = byte_tokenizer().encode(PROBLEM + "\n" + "\n<step>\n".join(steps[: number + 1]) + "<|im_end|>")
+            with torch.no_grad():
+                expected[-1].append(float(classifier(torch.tensor([ids])).logits[0, 0].double().sigmoid()))
+            lengths.append(len(ids))
+    assert len({round(score, 4) for own in expected for score in own}) == len(lengths) == 5
+    for read, own in zip(model.score_steps([PROBLEM] * 2, SOLUTIONS), expected, strict=True):
+        assert read == pytest.approx(own, abs=1e-6)
+    model.max_length = lengths[1]
+    assert model.score_steps([PROBLEM], SOLUTIONS[:1]) == [[*map(pytest.approx, expected[0][:2]), None]]
+    assert model.score_steps([PROBLEM], [[]]) == [[]]
+
+
+def test_skywork_reward_v2_on_qwen3_is_what_its_card_loads(tmp_path):
+    head = {"score.weight": (1, WIDTH)}
+    folder = save_hub_folder(
+        tmp_path / "Skywork-Reward-V2-Qwen3-8B", "qwen3", "Qwen3ForSequenceClassification", head, num_labels=1
+    )
+    model = OutcomeRewardModel.from_pretrained(str(folder))
+    assert model.preset == PRESETS["sequence-classification"]
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    solutions = ["\n\n".join(steps) for steps in SOLUTIONS]
+    texts = [cards.chat(byte_tokenizer(), ("user", PROBLEM), ("assistant", solution)) for solution in solutions]
+    with torch.no_grad():
+        logits = [classifier(**byte_tokenizer()(text, return_tensors="pt")).logits[0, 0] for text in texts]
+    assert model.score(PROBLEM, solutions) == pytest.approx([float(logit) for logit in logits], abs=1e-5)
 
 
 def copy_with_weights(folder, target, change):
@@ -366,14 +287,14 @@ def copy_with_weights(folder, target, change):
 
 @pytest.mark.parametrize("preset", SOFTMAXES)
 def test_probabilities_that_underflow_in_half_precision_are_read_in_full(preset, folders, tmp_path):
-    head = FOLDERS[preset][3]
+    head = cards.FOLDERS[preset][3]
     last = [key for key in head if not key.startswith("score.0")] if head else ["lm_head.weight"]
     card = Card(folders(preset), torch.float16)
     expected = [1.0]
     # Sharper answers, until one is less than half the smallest number of float16
     while min(expected) > 2.0**-26:
         card.weights |= {key: -1.5 * card.weights[key] for key in last}
-        expected = PROCESS_CARDS[preset](card, PROBLEM, SOLUTIONS[0]).tolist()
+        expected = of_card(preset, card, SOLUTIONS[0])
     folder = copy_with_weights(folders(preset), tmp_path / folders(preset).name, lambda weights: card.weights)
     model = ProcessRewardModel.from_pretrained(str(folder), dtype=torch.float16, tokenizer=card.tokenizer)
     assert model.scorer.backbone.loaded.dtype == torch.float16
@@ -385,17 +306,20 @@ def test_probabilities_that_underflow_in_half_precision_are_read_in_full(preset,
 # Loading
 
 
+ADAPTER = "granite-3.3-8b-lora-math-prm"
+
+
 def test_an_adapter_is_read_on_its_base(folders, tmp_path):
-    base = folders("versa-prm")
+    base = folders("granite-prm")
     torch.manual_seed(3)
     causal = AutoModelForCausalLM.from_pretrained(base)
     adapted = get_peft_model(causal, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "VersaPRM")
-    model = ProcessRewardModel.from_pretrained(str(tmp_path / "VersaPRM"))
-    lora = load_file(tmp_path / "VersaPRM" / "adapter_model.safetensors")
+    adapted.save_pretrained(tmp_path / ADAPTER)
+    model = ProcessRewardModel.from_pretrained(str(tmp_path / ADAPTER))
+    lora = load_file(tmp_path / ADAPTER / "adapter_model.safetensors")
 
     def merged(weights):
         for key in [key for key in lora if key.endswith("lora_A.weight")]:
@@ -406,13 +330,13 @@ def test_an_adapter_is_read_on_its_base(folders, tmp_path):
     card = Card(copy_with_weights(base, tmp_path / "merged", merged))
     read = model.score_steps([PROBLEM] * 2, SOLUTIONS)
     for steps, own in zip(SOLUTIONS, read, strict=True):
-        assert own == pytest.approx(versa_prm(card, PROBLEM, steps).tolist(), abs=1e-5)
+        assert own == pytest.approx(of_card("granite-prm", card, steps), abs=1e-7)
     plain = ProcessRewardModel.from_pretrained(str(base)).score_steps([PROBLEM], SOLUTIONS[:1])
-    assert read[0] != pytest.approx(plain[0], abs=1e-3)
+    assert read[0] != pytest.approx(plain[0], rel=1e-2)
     lora.pop(next(iter(lora)))
-    save_file(lora, tmp_path / "VersaPRM" / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(lora, tmp_path / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks base_model.model.model.layers.0.self_attn"):
-        ProcessRewardModel.from_pretrained(str(tmp_path / "VersaPRM"))
+        ProcessRewardModel.from_pretrained(str(tmp_path / ADAPTER))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +362,9 @@ def test_a_missing_or_unexpected_key_is_an_error_that_shows_it(change, message, 
 
 def test_a_process_reward_model_under_another_preset_lacks_its_head(folders):
     with pytest.raises(ValueError, match="lacks score.weight"):
-        OutcomeRewardModel.from_pretrained(str(folders("math-shepherd")), preset="sequence-classification")
+        OutcomeRewardModel.from_pretrained(
+            str(folders("math-shepherd")), preset="sequence-classification", tokenizer=llama_tokenizer()
+        )
 
 
 def test_a_tag_that_is_not_one_id_is_an_error_that_shows_the_ids(folders):
@@ -478,6 +404,30 @@ reduce: last
     with pytest.raises(ValueError, match=r"preset.reading: unknown field 'goood' of TokenPair"):
         reading = {"type": "TokenPair", "goood": "+"}
         Preset.from_dict({"name": "a", "kind": "process", "rendering": {"type": "Turns"}, "reading": reading})
+
+
+def test_new_forms_of_a_preset_are_written_in_yaml(tmp_path):
+    file = tmp_path / "preset.yaml"
+    file.write_text(
+        """
+name: athene-rm
+models: Nexusflow/Athene-RM-*
+kind: outcome
+rendering: {type: Bare, chat: true, as_text: true, closing: all, end: "{cls_token}"}
+reading: {type: SequenceScalar}
+head: {type: LinearHead, name: v_head, outputs: 1, bias: false}
+stray_keys: lm_head.*
+semantics: reward
+max_length: 4096
+""",
+        encoding="utf-8",
+    )
+    assert Preset.from_yaml(file) == PRESETS["athene-rm"]
+    own = {"name": "own", "kind": "outcome", "reading": {"type": "SequenceScalar"}, "rendering": {"type": "Bare"}}
+    head = {"type": "MLPHead", "name": "v_head.summary", "outputs": 1, "widths": [1024]}
+    assert Preset.from_dict({**own, "head": head}).head == PRESETS["grm"].head
+    with pytest.raises(ValueError, match="AnswerProbability reads the answers of the rendering Turns, and Bare"):
+        Preset(name="own", kind="outcome", rendering=Bare(), reading=AnswerProbability())
 
 
 def test_a_second_reward_model_from_the_same_folder_shares_its_weights(folders):

@@ -131,11 +131,17 @@ def test_scoring_that_takes_long_has_a_bar_for_each_model_that_leaves_nothing(
     assert ("/8 [" in printed) != disabled
 
 
+def chat_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<sep>{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
 def test_an_outcome_model_is_a_source(tiny_model, tmp_path):
     folder = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
-    template = "{% for m in messages %}<sep>{{ m['content'] }}{% endfor %}"
-    model = OutcomeRewardModel.from_pretrained(folder)
-    model.tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="needs a chat template, and the tokenizer '.*orm' has none"):
+        OutcomeRewardModel.from_pretrained(folder)
+    model = OutcomeRewardModel.from_pretrained(folder, tokenizer=chat_tokenizer())
     trainer = make_trainer(GRPOExtTrainer, tiny_model, [model], tmp_path, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/orm/std"] > 0
@@ -144,7 +150,8 @@ def test_an_outcome_model_is_a_source(tiny_model, tmp_path):
 def test_a_classifier_that_is_given_a_preset_is_not_left_to_trl(tmp_path):
     folder = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
     assert open_reward_model(folder, {}) == folder
-    assert isinstance(open_reward_model(folder, {"preset": "sequence-classification"}), OutcomeRewardModel)
+    options = {"preset": "sequence-classification", "tokenizer": chat_tokenizer()}
+    assert isinstance(open_reward_model(folder, options), OutcomeRewardModel)
 
 
 def test_a_model_whose_head_would_be_random_is_refused(tiny_model, tmp_path):

@@ -268,7 +268,7 @@ def test_a_reading_whose_output_has_another_shape_is_named(causal, reading, erro
 @pytest.mark.parametrize("needs", [None, "heads"])
 def test_a_reading_that_does_not_say_what_it_needs_is_named(needs):
     with pytest.raises(
-        ValueError, match=f"the reading Built has needs = {needs!r}; known: head, vocabulary, log_ratio"
+        ValueError, match=f"the reading Built has needs = {needs!r}; known: head, vocabulary, log_probs, log_ratio"
     ):
         preset(reading=Built(needs, None))
 

@@ -37,7 +37,7 @@ from trl_grpo_ext.reward_models.remote import addresses, server, transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, plain_query, vllm_steps
 from trl_grpo_ext.reward_models.remote.server import _api_key, _receive_body, _Worker, create_app, main
-from trl_grpo_ext.reward_models.rendering import Tagged
+from trl_grpo_ext.reward_models.rendering import Bare, Tagged
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
 from trl_grpo_ext.steps.segmentation import Segmentation
 
@@ -986,6 +986,7 @@ def test_labels_come_from_the_column_that_is_named():
         ({"preset": "qwen-math-prm"}, "go together"),
         ({"rendering": Tagged()}, "go together"),
         ({"protocol": "vllm"}, "needs rendering and tokenizer"),
+        ({"rendering": Bare(prefixes=True), "tokenizer": 1}, "makes an input of each step"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(options, message):

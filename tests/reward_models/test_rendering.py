@@ -1,6 +1,6 @@
 """Rendering with three real tokenizers: what is written, where it is read, and what a policy cannot forge."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from tests.support.hub_folders import (
     save_mistral_tokenizer,
 )
 from tests.support.tokenizers import load_tokenizer as tokenizer_by_name
-from trl_grpo_ext.reward_models.encoding import chat_frame, encode_text, one_id
+from trl_grpo_ext.reward_models.encoding import encode_text, one_id
 from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns
 
 
@@ -54,33 +54,43 @@ QWEN = Tagged(tag="<extra_0>", chat=True, system="Be exact.")
 SHEPHERD = Tagged(tag=" ки", first=" ", between="\n", bos=True)
 LINES = Tagged(tag="\n", prompt="{problem}\n", bos=True)
 EURUS = Bare(chat=True, after="\n\n", closing="first")
+# As Math-Shepherd's training data has it, for a policy that does not number its steps
+NUMBERED = Tagged(tag=" ки", first=" Step {number}: ", between="\nStep {number}: ", bos=True)
+ASKED = Turns(after=" Is step {number} correct (Y/N)?", answer="Y")
 PAIRS = [
     ("qwen", QWEN),
     ("mistral", SHEPHERD),
     ("llama", LINES),
     ("llama", Turns()),
-    ("qwen", Turns()),
+    ("qwen", ASKED),
     ("qwen", EURUS),
+    ("mistral", NUMBERED),
     ("mistral", Bare(prompt="Question:\n{problem}\n", bos=True, apart=True)),
 ]
 
 
 def written(tokenizer, rendering, problem, steps):
     """The text that a rendering stands for, joined by hand, up to its last read position."""
-    if isinstance(rendering, Turns):
-        turns = [("user", f"{problem} {steps[0]}"), *(("user", step) for step in steps[1:])]
-        messages = [m for turn in turns for m in (turn, ("assistant", "+"))]
-        frame = chat_frame(tokenizer, [role for role, _ in messages])
-        return "".join(part for pair in zip(frame, [text for _, text in messages], strict=False) for part in pair)
+    before = [rendering.first, *[rendering.between] * (len(steps) - 1)]
+    steps = [before[n].replace("{number}", str(n + 1)) + step for n, step in enumerate(steps)]
     if isinstance(rendering, Tagged):
-        body = rendering.first + rendering.between.join(step + rendering.tag for step in steps)
+        body = "".join(step + rendering.tag for step in steps)
     else:
         body = rendering.after.join(steps)
-    question = rendering.prompt.replace("{problem}", problem)
     if not rendering.chat:
-        return (tokenizer.bos_token or "") * rendering.bos + question + body
-    before, between, after = chat_frame(tokenizer, ["user", "assistant"], rendering.system)
-    return before + question + between + body + (after.split("\n")[0] if isinstance(rendering, Bare) else "")
+        return (tokenizer.bos_token or "") * rendering.bos + rendering.prompt.replace("{problem}", problem) + body
+    turns = [("user", problem), ("assistant", body)]
+    if isinstance(rendering, Turns):
+        asked = [step + rendering.after.replace("{number}", str(n)) for n, step in enumerate(steps, start=1)]
+        asked[0] = problem + asked[0]
+        turns = [turn for text in asked for turn in (("user", text), ("assistant", rendering.answer))]
+    if rendering.system is not None:
+        turns.insert(0, ("system", rendering.system))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    # What ends the last message
+    end = tokenizer.eos_token
+    return text[: text.rindex(end)] + end * isinstance(rendering, Bare)
 
 
 @pytest.mark.parametrize(("name", "rendering"), PAIRS)
@@ -101,7 +111,7 @@ def test_a_rendering_writes_its_text_once_and_reads_each_step_once(tokenizers, n
     if isinstance(rendering, Tagged):
         assert {ids[read] for read in reads} == {one_id(tokenizer, rendering.tag, "tag")}
     if isinstance(rendering, Turns):
-        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, "+", "answer")}
+        assert {ids[read + 1] for read in reads} == {one_id(tokenizer, rendering.answer, "answer")}
 
 
 @pytest.mark.parametrize(("name", "rendering"), PAIRS)
@@ -161,15 +171,34 @@ def test_pieces_of_ordinary_text_are_the_ids_of_the_whole(tokenizers):
     assert LINES.render(llama, problem, steps).ids.count(llama.bos_token_id) == 1
 
 
-def test_a_template_that_drops_a_message_is_an_error(tokenizers):
-    class Deaf:
-        chat_template = "{{ messages[0]['content'] }}"
+def test_the_number_of_a_step_is_written_where_the_preset_says_and_nowhere_else(tokenizers):
+    problem, steps = "What is 2 + {number}?", ["2 + 3 = {number}.", "So {number} it is."]
+    mistral, qwen = tokenizers["mistral"], tokenizers["qwen"]
+    text = "What is 2 + {number}? Step 1: 2 + 3 = {number}. ки\nStep 2: So {number} it is. ки"
+    assert NUMBERED.render(mistral, problem, steps).ids == mistral.encode(text)
+    bare = Bare(first=" {number})", between=" {number})", after=" [{number}]")
+    text = "What is 2 + {number}? 1)2 + 3 = {number}. [1] 2)So {number} it is."
+    assert bare.render(qwen, problem, steps).ids == qwen.encode(text)
 
-        def apply_chat_template(self, messages, tokenize):
-            return messages[0]["content"]
 
-    with pytest.raises(ValueError, match="writes a message of the assistant 0 times"):
-        chat_frame(Deaf(), ["user", "assistant"])
+def test_the_end_is_written_last_and_scored(tokenizers):
+    llama = tokenizers["llama"]
+    athene = Bare(chat=True, closing="all", end="{cls_token}<|eot_id|>")
+    plain = Bare(chat=True, closing="all").render(llama, "2 + 3?", ["2 + 3", "= 5"])
+    ids, _, reads = athene.render(llama, "2 + 3?", ["2 + 3", "= 5"])
+    assert ids == [*plain.ids, 128003, 128009] and reads == [plain.score_positions[0], len(ids) - 1]
+    athene.check(llama)
+    with pytest.raises(ValueError, match=r"end is '\{sep_token\}', but this tokenizer has no sep_token"):
+        Bare(end="{sep_token}").check(llama)
+
+
+def test_a_template_tokenized_as_a_text_has_what_the_tokenizer_puts_before_texts(tokenizers):
+    for name, start in (("llama", [128000]), ("qwen", [])):
+        tokenizer = tokenizers[name]
+        for rendering in (Bare(chat=True, closing="all"), Turns()):
+            once = rendering.render(tokenizer, "2 + 3?", ["2 + 3", "= 5"])
+            again = replace(rendering, as_text=True).render(tokenizer, "2 + 3?", ["2 + 3", "= 5"])
+            assert again.ids == start + once.ids and again.prompt_length == len(start) + once.prompt_length
 
 
 def test_contradictory_renderings_are_errors():
@@ -179,6 +208,10 @@ def test_contradictory_renderings_are_errors():
         Bare(chat=True, bos=True)
     with pytest.raises(ValueError, match="a system message needs chat=True"):
         Bare(system="Be exact.")
+    with pytest.raises(ValueError, match="as_text=True .* needs chat=True"):
+        Bare(as_text=True)
+    with pytest.raises(ValueError, match="apart=True and prefixes=True"):
+        Bare(apart=True, prefixes=True)
 
 
 def test_a_separator_of_several_ids_is_read_at_its_last(tokenizers):
@@ -201,22 +234,3 @@ def test_tokenizers_without_a_fast_implementation_render_too():
     assert not {*rendered.ids} & {*byt5.all_special_ids}
     assert byt5.decode(rendered.ids) == f"{problem} {steps[0]}\n{steps[1]}\n"
     assert [rendered.ids[position] for position in rendered.score_positions] == [byt5.encode("\n")[0]] * 2
-
-
-def test_a_chat_template_is_rendered_once_and_again_when_it_changes():
-    tokenizer, calls = copy.copy(qwen_tokenizer()), []
-    apply = type(tokenizer).apply_chat_template
-
-    class Counting(type(tokenizer)):
-        def apply_chat_template(self, *args, **options):
-            calls.append(1)
-            return apply(self, *args, **options)
-
-    tokenizer.__class__ = Counting
-    first = [chat_frame(tokenizer, ["user", "assistant"], "Be brief.") for _ in range(3)]
-    assert first[0] == first[1] == first[2] and len(calls) == 1
-    first[0].append("changed by the caller")
-    assert chat_frame(tokenizer, ["user", "assistant"], "Be brief.") == first[1]
-    assert chat_frame(tokenizer, ["user", "assistant"]) != first[1] and len(calls) == 2
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-    assert chat_frame(tokenizer, ["user", "assistant"]) == ["<", "><", ">"] and len(calls) == 3

@@ -41,7 +41,10 @@ def test_the_problem_is_the_text_of_the_last_user_message(prompt, problem):
         ([{"role": "system", "content": "S"}], "there is none in the prompt"),
         ([user(None)], "there is none in the prompt"),
         ([user([])], "there is none in the prompt"),
-        ([user([IMAGE, text("What is this?"), IMAGE, {"type": "audio"}])], "also has parts of type image, audio; use"),
+        (
+            [user([IMAGE, text("What is this?"), IMAGE, {"type": "audio"}])],
+            "also has parts of type image, audio. Reward models",
+        ),
     ],
 )
 def test_a_problem_that_is_not_text_is_refused_with_what_it_is(prompt, message):

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .._trl import prepare_deepspeed
-from .heads import VocabularyLogProbs, vocabulary_head
+from .heads import VocabularyLogProbs
 from .readings import BackboneOutput
 from .rendering import RenderedBatch
 from .shared_scores import SharedScores
@@ -26,17 +26,17 @@ class HiddenStates(nn.Module):
     Args:
         decoder (`PreTrainedModel`):
             A transformer without head.
-        head (`nn.Linear`, *optional*):
+        vocabulary ([`~trl_grpo_ext.reward_models.heads.VocabularyLogProbs`], *optional*):
             Its head over the vocabulary.
     """
 
-    def __init__(self, decoder: PreTrainedModel, head: nn.Linear | None):
+    def __init__(self, decoder: PreTrainedModel, vocabulary: VocabularyLogProbs | None):
         super().__init__()
         self.config = decoder.config
         # Under its name in the checkpoint, by which adapters find their layers
         self.name = decoder.base_model_prefix
         self.add_module(self.name, decoder)
-        self.vocabulary = None if head is None else VocabularyLogProbs(head)
+        self.vocabulary = vocabulary
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, log_probs: bool
@@ -71,9 +71,8 @@ class Backbone(nn.Module):
 
     def __init__(self, loaded: PreTrainedModel, name: str, causal: bool, offload: bool = False):
         super().__init__()
-        self.hidden_states: nn.Module = HiddenStates(
-            cast(PreTrainedModel, loaded.base_model), vocabulary_head(loaded) if causal else None
-        )
+        vocabulary = VocabularyLogProbs(loaded) if causal else None
+        self.hidden_states: nn.Module = HiddenStates(cast(PreTrainedModel, loaded.base_model), vocabulary)
         self.loaded = loaded
         self.causal = causal
         self.name = name
@@ -220,10 +219,19 @@ class Scorer(nn.Module):
             What the preset's reading has built.
         log_ratio_model ([`AdaptedBackbone`], *optional*):
             The second model, for a reading that needs log-ratios.
+        log_probs (`bool`, *optional*, defaults to `False`):
+            Whether the reading needs the log-probabilities of the ids; log-ratios always do.
     """
 
-    def __init__(self, model: AdaptedBackbone, readout: nn.Module, log_ratio_model: AdaptedBackbone | None = None):
+    def __init__(
+        self,
+        model: AdaptedBackbone,
+        readout: nn.Module,
+        log_ratio_model: AdaptedBackbone | None = None,
+        log_probs: bool = False,
+    ):
         super().__init__()
+        self.needs_log_probs = log_probs or log_ratio_model is not None
         self.model = model
         self.readout = readout.to(model.backbone.device)
         self.log_ratio_model = log_ratio_model
@@ -238,11 +246,6 @@ class Scorer(nn.Module):
         """All backbones that scoring runs."""
         second = [] if self.log_ratio_model is None else [self.log_ratio_model.backbone]
         return [self.backbone, *second]
-
-    @property
-    def needs_log_probs(self) -> bool:
-        """Whether scoring needs the log-probabilities of the ids."""
-        return self.log_ratio_model is not None
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Place the backbones as TRL places its own reward models, and the read-out whole beside their output."""

@@ -1,7 +1,7 @@
 """What process and outcome reward models share: loading by preset, and scoring in batches cut by tokens."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, Self, cast
 
@@ -9,14 +9,17 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..steps.policy_text import warn_of_template
 from ..steps.segmentation import SegmentationLike, as_segmentation
 from .backbone import Scorer
 from .checkpoint import Checkpoint, locate_checkpoint, split_options
 from .loading import load_scorer
 from .preset import Preset
 from .presets import resolve_preset
+from .problem import LAST_USER, ProblemLike, ProblemReader, as_problem
 from .progress import scoring_bar
-from .rendering import Rendered
+from .rendering import Problem, Rendered
+from .texts import check_texts
 from .token_budget import collate, most_forwards, token_batches
 
 
@@ -49,12 +52,16 @@ class RewardModel:
             model reads its `scope` and `thinking` alone.
         policy_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the policy, which decodes `completion_ids`. The trainer sets it.
+        problem (`str`, `Mapping[str, str]` or `Callable`, *optional*, defaults to `"last_user"`):
+            What of a prompt is the problem: `"last_user"`, `"conversation"`, a column of the data set as
+            `{"column": name}`, or a function; see [`~trl_grpo_ext.reward_models.problem.ProblemReader`].
 
     What is out of the segmentation's scope is no part of the model's input. So with `scope="answer"` thinking takes
     none of the positions that the answer needs.
 
     Raises:
-        ValueError: the preset is of the other kind, or the tokenizer does not suit its rendering.
+        ValueError: the preset is of the other kind, the tokenizer does not suit its rendering, or that rendering takes
+            no conversation where `problem` is one.
     """
 
     kind: ClassVar[str]
@@ -68,6 +75,7 @@ class RewardModel:
         max_length: int | None = None,
         segmentation: SegmentationLike | None = None,
         policy_tokenizer: Any = None,
+        problem: ProblemLike = LAST_USER,
     ):
         if preset.kind != self.kind:
             raise ValueError(
@@ -84,11 +92,26 @@ class RewardModel:
         self.max_length = max_length
         self.segmentation = preset.segmentation if segmentation is None else as_segmentation(segmentation)
         self.policy_tokenizer = policy_tokenizer
+        self.problem = problem
         self.batch_tokens = _BATCH_TOKENS
         # What the trainer that scores now has instead, see `prepare`
         self.trainer_batch_tokens: int | None = None
         self.accelerator: Accelerator | None = None
         scorer.backbone.shared_scores.register(self)
+
+    @property
+    def problem(self) -> ProblemLike:
+        """What of a prompt is the problem."""
+        return self._problem.problem
+
+    @problem.setter
+    def problem(self, problem: ProblemLike) -> None:
+        self._problem = ProblemReader(problem, self.preset.rendering.takes_conversations)
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The columns that the data set must have."""
+        return self._problem.required_columns
 
     @classmethod
     def from_pretrained(
@@ -105,6 +128,7 @@ class RewardModel:
         max_length: int | None = None,
         batch_tokens: int | None = None,
         segmentation: SegmentationLike | None = None,
+        problem: ProblemLike = LAST_USER,
         **loading: Any,
     ) -> Self:
         """
@@ -137,12 +161,15 @@ class RewardModel:
                 Largest number of padded tokens of a forward.
             segmentation ([`Segmentation`], its argument `by` or a mapping of its arguments, *optional*):
                 How completions are split into steps, and which part of them is judged; the preset's by default.
+            problem (`str`, `Mapping[str, str]` or `Callable`, *optional*, defaults to `"last_user"`):
+                What of a prompt is the problem, see [`RewardModel`].
             **loading:
                 Further arguments of `from_pretrained`, such as `revision`, `device_map` or `attn_implementation`.
 
         Raises:
             ValueError: no preset fits, or one of the other kind; the checkpoint lacks a key or has one that the preset
-                does not know; a tag or an answer is not one id; `weights_of` has another backbone.
+                does not know; a tag or an answer is not one id; `weights_of` has another backbone; the rendering takes
+                no conversation where `problem` is one.
         """
         # Before the weights are loaded, which takes longer
         cut = None if segmentation is None else as_segmentation(segmentation)
@@ -150,9 +177,11 @@ class RewardModel:
         chosen = {"dtype": dtype, "quantization_config": quantization_config}
         loading |= {name: value for name, value in chosen.items() if value is not None}
         checkpoint = locate_checkpoint(model, location)
+        found = resolve_preset(checkpoint.name, preset, checkpoint.config)
+        ProblemReader(problem, found.rendering.takes_conversations)
         reward_model = cls._load(
             checkpoint,
-            resolve_preset(checkpoint.name, preset, checkpoint.config),
+            found,
             tokenizer,
             loading=loading,
             log_ratio_model=log_ratio_model,
@@ -165,6 +194,7 @@ class RewardModel:
             reward_model.batch_tokens = batch_tokens
         if cut is not None:
             reward_model.segmentation = cut
+        reward_model.problem = problem
         return reward_model
 
     @classmethod
@@ -242,11 +272,30 @@ class RewardModel:
         preset = self.preset
         model = self.scorer.model
         inputs = (preset.kind, preset.rendering, preset.mask_tags, self.tokenizer, self.max_length)
-        cut = (self.segmentation, self.policy_tokenizer)
-        return *inputs, *cut, model.backbone, model.adapter, self.accelerator
+        read = (self.problem, self.segmentation, self.policy_tokenizer)
+        return *inputs, *read, model.backbone, model.adapter, self.accelerator
 
-    def _render(self, problem: str, steps: Sequence[str]) -> Rendered:
-        return self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
+    @property
+    def _source(self) -> str:
+        """What it is called in errors and warnings."""
+        return f"{self.kind} reward model '{self.name}'"
+
+    def _check_problems(self, problems: Any) -> list[Problem]:
+        """Problems that a user gives: a list of texts, or of conversations where the rendering takes them."""
+        if isinstance(problems, str) or not isinstance(problems, (list, tuple)):
+            check_texts(problems, "problems")
+        takes_conversations = self.preset.rendering.takes_conversations
+        return [as_problem(one, f"problems[{row}]", takes_conversations) for row, one in enumerate(problems)]
+
+    def _problems(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Problem]:
+        """The problem of each prompt."""
+        return self._problem.read(prompts, columns, self._source, (self.policy_tokenizer, self.tokenizer))
+
+    def _render(self, problem: Problem, steps: Sequence[str]) -> Rendered:
+        rendered = self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
+        if steps and not rendered.ids:
+            warn_of_template(self._source)
+        return rendered
 
     def _score(self, solutions: Sequence[Rendered]) -> list[list[float]]:
         """One score for each score position of each solution."""

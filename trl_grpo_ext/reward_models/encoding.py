@@ -1,16 +1,14 @@
 """
-Pieces of a reward model's input to ids: texts of users and policies, tags and answers, and chat templates.
+Pieces of a reward model's input to ids: texts of users and policies, tags and answers.
 
-A text of the user or the policy is tokenized by itself, apart from tags and template, and never as special tokens.
+A text of the user or the policy is tokenized by itself, apart from tags, and never as special tokens. What a chat
+template writes is tokenized by [`~trl_grpo_ext.reward_models.chat.write_chat`].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-
-# Stand-ins for the texts in a chat template: private-use characters, which no template treats in a special way
-_TEXT = "\ue000text{}\ue001"
 
 # The word boundary that SentencePiece tokenizers write, also before the first word of every text that they are given
 _WORD_START = "▁"
@@ -27,7 +25,7 @@ def encode_template(tokenizer: Any, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def _newline_anchor(tokenizer: Any) -> tuple[int, ...]:
+def newline_anchor(tokenizer: Any) -> tuple[int, ...]:
     """Ids of a newline, for a tokenizer that puts a space before every text; empty for one that does not."""
     if not tokenizer.convert_ids_to_tokens(encode_text(tokenizer, "a"))[0].startswith(_WORD_START):
         return ()
@@ -50,7 +48,7 @@ def continue_with(tokenizer: Any, text: str, encode: Callable[[Any, str], list[i
         ValueError: the tokenizer merges a newline with the text after it.
     """
     # The space then stands before a newline, which is cut off again
-    anchor = _newline_anchor(tokenizer)
+    anchor = newline_anchor(tokenizer)
     if not anchor or not text:
         return encode(tokenizer, text)
     ids = encode(tokenizer, "\n" + text)
@@ -84,41 +82,3 @@ def one_id(tokenizer: Any, text: str, role: str) -> int:
         tokens = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(f"the {role} {text!r} must be one id in this tokenizer; it is {ids} ({tokens}).")
     return ids[0]
-
-
-def chat_frame(tokenizer: Any, roles: Sequence[str], system: str | None = None) -> list[str]:
-    """
-    The strings that a chat template puts around the texts of messages.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer with the template.
-        roles (`Sequence[str]`):
-            The role of each message.
-        system (`str`, *optional*):
-            A system message before them, which becomes a part of the first string.
-
-    Returns:
-        `list[str]` of length `len(roles) + 1`: before the first text, between the texts, after the last one.
-
-    Raises:
-        ValueError: the template drops or repeats a message.
-    """
-    # The template, which may be replaced, is part of the key
-    return list(_chat_frame(tokenizer, str(tokenizer.chat_template), tuple(roles), system))
-
-
-@lru_cache(maxsize=16)
-def _chat_frame(tokenizer: Any, template: str, roles: tuple[str, ...], system: str | None) -> list[str]:
-    marks = [_TEXT.format(number) for number in range(len(roles))]
-    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    rest = tokenizer.apply_chat_template(messages, tokenize=False)
-    frame = []
-    for role, mark in zip(roles, marks, strict=True):
-        if rest.count(mark) != 1:
-            raise ValueError(f"the chat template writes a message of the {role} {rest.count(mark)} times, not once.")
-        before, rest = rest.split(mark)
-        frame.append(before)
-    return [*frame, rest]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from .plain_data import CheckedFields
 from .rendering import RenderedBatch, check_shape
@@ -87,17 +88,20 @@ class LinearHead(Head):
         outputs (`int`):
             Number of outputs.
         bias (`bool` or `str`, *optional*, defaults to `True`):
-            Whether it has a bias, or the field of the model's config that says so.
+            Whether each layer has a bias, or the field of the model's config that says so.
     """
 
     name: str
     outputs: int
     bias: bool | str = True
 
+    def _has_bias(self, config: PreTrainedConfig) -> bool:
+        return self.bias if isinstance(self.bias, bool) else config.to_dict()[self.bias]
+
     def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
         """Add the layer to a model, uninitialised."""
-        bias = self.bias if isinstance(self.bias, bool) else config.to_dict()[self.bias]
-        _add(model, self.name, nn.Linear(config.get_text_config().hidden_size, self.outputs, bias=bias))
+        width = config.get_text_config().hidden_size
+        _add(model, self.name, nn.Linear(width, self.outputs, bias=self._has_bias(config)))
 
     def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
         """Outputs at the score positions, of shape `(R, O)`."""
@@ -106,12 +110,54 @@ class LinearHead(Head):
 
 @dataclass(frozen=True)
 class MLPHead(LinearHead):
-    """Two linear layers with a ReLU in between, the first as wide as the backbone: keys `NAME.0.*` and `NAME.2.*`."""
+    """
+    Linear layers, one after the other, with an activation after each but the last.
+
+    Args:
+        widths (`Sequence[int]`, *optional*):
+            Outputs of each layer but the last; by default one such layer, as wide as the backbone.
+        keys (`Sequence[str]`, *optional*):
+            Name of each layer in the checkpoint, below `name`. By default `"0"`, `"2"`, `"4"`, ..., the names in an
+            `nn.Sequential` that holds the activations too.
+        activation (`str`, *optional*, defaults to `"relu"`):
+            The activation, as transformers names it: `"relu"`, `"gelu"`, `"silu"`, `"tanh"`, ...
+
+    Raises:
+        ValueError: an unknown activation, or another number of keys than of layers.
+    """
+
+    widths: Sequence[int] | None = None
+    keys: Sequence[str] | None = None
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation not in ACT2FN:
+            raise ValueError(f"activation is {self.activation!r}; known: {', '.join(sorted(ACT2FN))}.")
+        layers = 2 if self.widths is None else len(self.widths) + 1
+        if self.keys is not None and len(self.keys) != layers:
+            raise ValueError(f"keys are {self.keys!r}; expected {layers}, one for each layer.")
+
+    def _paths(self) -> list[str]:
+        layers = 2 if self.widths is None else len(self.widths) + 1
+        keys = [str(2 * layer) for layer in range(layers)] if self.keys is None else self.keys
+        return [f"{self.name}.{key}" for key in keys]
 
     def attach(self, model: PreTrainedModel, config: PreTrainedConfig) -> None:
         """Add the layers to a model, uninitialised."""
         width = config.get_text_config().hidden_size
-        _add(model, self.name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.outputs)))
+        inner = [width] if self.widths is None else self.widths
+        sizes = [width, *inner, self.outputs]
+        for path, inputs, outputs in zip(self._paths(), sizes, sizes[1:], strict=False):
+            _add(model, path, nn.Linear(inputs, outputs, bias=self._has_bias(config)))
+
+    def logits(self, heads: PreTrainedModel, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """Outputs at the score positions, of shape `(R, O)`."""
+        *inner, last = [heads.get_submodule(path) for path in self._paths()]
+        values = batch.at_score_positions(hidden_BLH)
+        for layer in inner:
+            values = ACT2FN[self.activation](layer(values))
+        return last(values)
 
 
 @dataclass(frozen=True)
@@ -202,11 +248,23 @@ def vocabulary_head(model: PreTrainedModel) -> nn.Linear:
             "has an adapter, leave it out of that (bitsandbytes: llm_int8_skip_modules)."
         )
     config = _text_fields(model.config)
-    scaled = {"final_logit_softcapping", "logit_scale", "logits_scaling"} & config.keys()
-    found = {name: config[name] for name in scaled if config[name] not in (None, 1)}
+    changed = ["final_logit_softcapping", "logit_scale"]
+    if not _divides_logits(model.config):
+        changed.append("logits_scaling")
+    found = {name: config[name] for name in changed if config.get(name) not in (None, 1)}
     if found:
         raise ValueError(f"{type(model).__name__} changes its logits ({found}); this reading takes them as they are.")
     return head
+
+
+def _divides_logits(config: PreTrainedConfig) -> bool:
+    """Whether logits are divided by the field `logits_scaling`; HyperCLOVA X multiplies by a field of this name."""
+    return config.get_text_config().model_type.startswith("granite")
+
+
+def _logits_divisor(config: PreTrainedConfig) -> float:
+    """What a causal language model divides its logits by: 1 outside the Granite family."""
+    return _text_fields(config)["logits_scaling"] if _divides_logits(config) else 1.0
 
 
 class AnswerLogits(nn.Module):
@@ -216,8 +274,8 @@ class AnswerLogits(nn.Module):
     The rows are copied, so that a head that ZeRO-3 shards never has to be gathered for them.
 
     Args:
-        head (`nn.Linear`):
-            The head over the vocabulary.
+        model (`PreTrainedModel`):
+            A causal language model.
         ids (`Sequence[int]` of length O):
             The ids.
     """
@@ -225,8 +283,10 @@ class AnswerLogits(nn.Module):
     weight_OH: torch.Tensor
     bias_O: torch.Tensor
 
-    def __init__(self, head: nn.Linear, ids: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int]):
         super().__init__()
+        head = vocabulary_head(model)
+        self.divisor = _logits_divisor(model.config)
         rows = list(ids)
         bias_O = torch.zeros(len(rows)) if head.bias is None else head.bias.detach()[rows].float()
         self.register_buffer("weight_OH", head.weight.detach()[rows].float(), persistent=False)
@@ -234,7 +294,7 @@ class AnswerLogits(nn.Module):
 
     def forward(self, hidden_BLH: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
         """Logits of shape `(R, O)`."""
-        return F.linear(batch.at_score_positions(hidden_BLH), self.weight_OH, self.bias_O)
+        return F.linear(batch.at_score_positions(hidden_BLH), self.weight_OH, self.bias_O) / self.divisor
 
 
 class VocabularyLogProbs(nn.Module):
@@ -245,12 +305,14 @@ class VocabularyLogProbs(nn.Module):
     chunk, processes with other numbers of chunks would wait for each other for ever.
 
     Args:
-        head (`nn.Linear`):
-            The model's head over the vocabulary; its weight may be the embedding's.
+        model (`PreTrainedModel`):
+            A causal language model. The weight of its head may be the embedding's.
     """
 
-    def __init__(self, head: nn.Linear):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
+        head = vocabulary_head(model)
+        self.divisor = _logits_divisor(model.config)
         self.weight = head.weight
         self.bias = head.bias
 
@@ -261,7 +323,7 @@ class VocabularyLogProbs(nn.Module):
         ids_M = ids_BL[:, 1:].flatten()
         log_probs = []
         for chunk_MH, chunk_ids_M in zip(hidden_MH.split(_CHUNK), ids_M.split(_CHUNK), strict=True):
-            logits_MV = F.linear(chunk_MH.to(self.weight), self.weight, self.bias).float()
+            logits_MV = F.linear(chunk_MH.to(self.weight), self.weight, self.bias).float() / self.divisor
             chosen_M = logits_MV.gather(-1, chunk_ids_M.to(logits_MV.device)[:, None])[:, 0]
             log_probs.append(chosen_M - logits_MV.logsumexp(-1))
         log_probs_BL = torch.cat(log_probs).view(len(ids_BL), -1).to(hidden_BLH.device)

@@ -19,7 +19,7 @@ from .checkpoint import (
     without_stray,
 )
 from .encoding import one_id
-from .heads import AnswerLogits, Heads, vocabulary_head
+from .heads import AnswerLogits, Heads
 from .preset import Preset
 from .readings import CheckedReadOut
 
@@ -46,7 +46,7 @@ class _Parts(NamedTuple):
 
     def answer_logits(self, answers: Sequence[str]) -> nn.Module:
         ids = [one_id(self.tokenizer, answer, "answer") for answer in answers]
-        return AnswerLogits(vocabulary_head(self.backbone.loaded), ids)
+        return AnswerLogits(self.backbone.loaded, ids)
 
 
 def _load_backbone(
@@ -236,4 +236,5 @@ def load_scorer(
         if preset.reading.needs == "log_ratio":
             second = _load_log_ratio_model(log_ratio_model, shared, checkpoint, preset, loading, offload)
         readout = CheckedReadOut(preset.reading, _Parts(backbone, heads, tokenizer))
-    return Scorer(AdaptedBackbone(backbone, adapter), readout, second)
+    log_probs = preset.reading.needs == "log_probs"
+    return Scorer(AdaptedBackbone(backbone, adapter), readout, second, log_probs)

@@ -8,10 +8,11 @@ from typing import Any
 
 from ..rewards.types import StepRewards
 from ..steps.alignment import align_tokens
-from ..steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps, warn_of_thinking
+from ..steps.policy_text import assistant_text, place_on_tokens, policy_steps, warn_of_thinking
 from ..steps.segmentation import Segmentation, segment, split_text
 from .base import RewardModel
 from .encoding import encode_text
+from .rendering import Problem
 from .self_check import BAD_STEPS, CORRUPTED, GOOD_STEPS, PROBLEM, check_order
 from .texts import check_texts
 
@@ -38,13 +39,13 @@ class ProcessRewardModel(RewardModel):
 
     kind = "process"
 
-    def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[list[float | None]]:
+    def score_steps(self, problems: Sequence[Problem], steps: Sequence[Sequence[str]]) -> list[list[float | None]]:
         """
         Scores of steps that are already split.
 
         Args:
-            problems (`Sequence[str]`):
-                The problem of each solution.
+            problems (`Sequence[str | list[dict]]`):
+                The problem of each solution: a text, or a conversation where a chat template writes it.
             steps (`Sequence[Sequence[str]]`):
                 The steps of each solution.
 
@@ -56,7 +57,7 @@ class ProcessRewardModel(RewardModel):
             TypeError: a text where a list of steps or of problems belongs.
             ValueError: an empty step, or another number of problems than of solutions.
         """
-        check_texts(problems, "problems")
+        problems = self._check_problems(problems)
         if len(problems) != len(steps):
             raise ValueError(f"{len(problems)} problems for {len(steps)} solutions.")
         for index, own in enumerate(steps):
@@ -65,10 +66,19 @@ class ProcessRewardModel(RewardModel):
             for number, step in enumerate(own):
                 if not step.strip():
                     raise ValueError(f"solution {index}: step {number} is empty.")
-        solutions = [self._render(problem, own) for problem, own in zip(problems, steps, strict=True)]
+        inputs = [self.preset.rendering.inputs(own) for own in steps]
+        rendered = []
+        for problem, own in zip(problems, inputs, strict=True):
+            rendered += [self._render(problem, part) for part in own]
+        found = iter(self._score(rendered))
         scores = []
-        for own, values in zip(steps, self._score(solutions), strict=True):
-            scores.append([*values, *[None] * (len(own) - len(values))])
+        for own, parts in zip(steps, inputs, strict=True):
+            values: list[float | None] = []
+            for _ in parts:
+                scored = next(found)
+                # What did not fit is the end of this input
+                values += [*scored, *[None] * (len(own) // len(parts) - len(scored))]
+            scores.append(values)
         return scores
 
     def split(self, solution: str) -> list[str]:
@@ -76,17 +86,17 @@ class ProcessRewardModel(RewardModel):
         own = self.segmentation
         if own.by != "tokens" and own.min_step_tokens == 1 and own.max_steps is None:
             parts = [solution[start:end] for start, end in own.in_scope(solution)]
-            return [part[start:end].strip() for part in parts for start, end in split_text(part, own)]
+            return [own.text_of(part[start:end]) for part in parts for start, end in split_text(part, own)]
         aligned = align_tokens(self.tokenizer, encode_text(self.tokenizer, solution))
         return [step.text for step in segment(aligned, own)]
 
-    def score(self, problem: str, solutions: Sequence[str]) -> list[list[float | None]]:
+    def score(self, problem: Problem, solutions: Sequence[str]) -> list[list[float | None]]:
         """
         Scores of the steps of solutions to one problem.
 
         Args:
-            problem (`str`):
-                The problem.
+            problem (`str` or `list[dict]`):
+                The problem, see [`~ProcessRewardModel.score_steps`].
             solutions (`Sequence[str]`):
                 The solutions, which [`~ProcessRewardModel.split`] cuts into steps.
 
@@ -95,7 +105,7 @@ class ProcessRewardModel(RewardModel):
         """
         check_texts(solutions, "solutions")
         if self.segmentation.scope is None and any(map(self.segmentation.find_thinking, solutions)):
-            warn_of_thinking(f"process reward model '{self.name}'")
+            warn_of_thinking(self._source)
         return self.score_steps([problem] * len(solutions), [self.split(solution) for solution in solutions])
 
     def __call__(
@@ -113,11 +123,10 @@ class ProcessRewardModel(RewardModel):
 
         The outputs of tools are not read: the solution is what the policy wrote, its turns one after the other.
         """
-        source = f"process reward model '{self.name}'"
         steps = policy_steps(
-            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, source, prompts, prompt_ids
+            self.policy_tokenizer, completion_ids, tool_mask, self.segmentation, self._source, prompts, prompt_ids
         )
-        problems = [last_user_text(prompt) for prompt in prompts]
+        problems = self._problems(prompts, columns)
         scores = self.score_steps(problems, [[step.text for step in own] for own in steps])
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
 
@@ -164,20 +173,20 @@ class OutcomeRewardModel(RewardModel):
 
     kind = "outcome"
 
-    def score_batch(self, problems: Sequence[str], solutions: Sequence[str]) -> list[float | None]:
+    def score_batch(self, problems: Sequence[Problem], solutions: Sequence[str]) -> list[float | None]:
         """
         Scores of solutions to several problems.
 
         Args:
-            problems (`Sequence[str]`):
-                The problem of each solution.
+            problems (`Sequence[str | list[dict]]`):
+                The problem of each solution: a text, or a conversation where a chat template writes it.
             solutions (`Sequence[str]`):
                 The solutions.
 
         Returns:
             `list[float | None]`: one number for each solution; `None` for one that does not fit into `max_length`.
         """
-        check_texts(problems, "problems")
+        problems = self._check_problems(problems)
         check_texts(solutions, "solutions")
         if self._takes_all:
             return self._score_texts(problems, solutions)
@@ -187,13 +196,13 @@ class OutcomeRewardModel(RewardModel):
     def _takes_all(self) -> bool:
         return self.segmentation.scope in (None, "all")
 
-    def _score_texts(self, problems: Sequence[str], texts: Sequence[str | None]) -> list[float | None]:
+    def _score_texts(self, problems: Sequence[Problem], texts: Sequence[str | None]) -> list[float | None]:
         pairs = zip(problems, texts, strict=True)
         # Also those that are not judged, for which the model's forward is waited for by other processes
         scores = self._score([self._render(problem, [] if text is None else [text]) for problem, text in pairs])
         return [values[0] if values else None for values in scores]
 
-    def score(self, problem: str, solutions: Sequence[str]) -> list[float | None]:
+    def score(self, problem: Problem, solutions: Sequence[str]) -> list[float | None]:
         """One number for each solution to one problem."""
         check_texts(solutions, "solutions")
         return self.score_batch([problem] * len(solutions), solutions)
@@ -209,15 +218,16 @@ class OutcomeRewardModel(RewardModel):
         **columns: Any,
     ) -> list[float | None]:
         """TRL's call of a reward function. `completion_ids` are read if the segmentation has a scope."""
-        source = f"outcome reward model '{self.name}'"
-        problems = [last_user_text(prompt) for prompt in prompts]
+        problems = self._problems(prompts, columns)
         if self._takes_all:
             texts = [assistant_text(completion) for completion in completions]
             if self.segmentation.scope is None and any(map(self.segmentation.find_thinking, texts)):
-                warn_of_thinking(source)
+                warn_of_thinking(self._source)
             return self._score_texts(problems, texts)
         turns = replace(self.segmentation, by="turn", min_step_tokens=1, max_steps=None)
-        steps = policy_steps(self.policy_tokenizer, completion_ids, tool_mask, turns, source, prompts, prompt_ids)
+        steps = policy_steps(
+            self.policy_tokenizer, completion_ids, tool_mask, turns, self._source, prompts, prompt_ids
+        )
         joined = ["\n\n".join(step.text for step in own) for own in steps]
         return self._score_texts(problems, [text or None for text in joined])
 

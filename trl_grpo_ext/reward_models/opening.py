@@ -13,12 +13,12 @@ from .base import RewardModel
 from .checkpoint import ADAPTER_PREFIX, Checkpoint, locate_checkpoint, split_options, whole_on_every_process
 from .models import OutcomeRewardModel, ProcessRewardModel
 from .preset import Preset
-from .presets import find_preset, resolve_preset
+from .presets import find_preset, resolve_preset, warn_of_assumption
 from .token_budget import TokenBatchedModel
 
 
 # Options that have nothing to do with the weights, which a reward model that shares another one's weights has too
-_BESIDE_WEIGHTS = ("batch_tokens", "max_length", "segmentation")
+_BESIDE_WEIGHTS = ("batch_tokens", "max_length", "segmentation", "problem")
 
 
 def load_reward_model(
@@ -76,6 +76,8 @@ def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any]
     if preset is None or (given is None and preset.name == "sequence-classification"):
         _check_classifier(checkpoint, loading)
         return checkpoint.name
+    if given is None:
+        warn_of_assumption(checkpoint.name, preset)
     vocabulary = preset.reading.needs_vocabulary
     for other in opened:
         if isinstance(other, RewardModel) and other.holds(checkpoint.base_name, vocabulary=vocabulary):

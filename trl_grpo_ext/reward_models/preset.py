@@ -11,14 +11,14 @@ from ..rewards.step_reductions import STEP_REDUCTIONS
 from ..steps.segmentation import Segmentation, as_segmentation
 from .heads import GatedObjectivesHead, Head, LinearHead, MLPHead
 from .plain_data import build, build_typed, check_fields
-from .readings import LabelSoftmax, LogRatio, Reading, SequenceScalar, Sigmoid, TokenPair
+from .readings import AnswerProbability, LabelSoftmax, LogRatio, Reading, SequenceScalar, Sigmoid, TokenPair
 from .rendering import Bare, Rendering, Tagged, Turns
 
 
 # The fields of a preset that are objects: what each must be, and the classes that need no import path
 _TYPED_FIELDS: dict[str, tuple[type, list[type]]] = {
     "rendering": (Rendering, [Tagged, Turns, Bare]),
-    "reading": (Reading, [LabelSoftmax, Sigmoid, SequenceScalar, TokenPair, LogRatio]),
+    "reading": (Reading, [LabelSoftmax, Sigmoid, SequenceScalar, TokenPair, AnswerProbability, LogRatio]),
     "head": (Head, [LinearHead, MLPHead, GatedObjectivesHead]),
 }
 
@@ -39,8 +39,8 @@ class Preset:
         rendering ([`~trl_grpo_ext.reward_models.rendering.Rendering`]):
             Problem and steps to ids: `Tagged`, `Turns`, `Bare` or a class of your own.
         reading ([`~trl_grpo_ext.reward_models.readings.Reading`]):
-            The model's output to scores: `LabelSoftmax`, `Sigmoid`, `SequenceScalar`, `TokenPair`, `LogRatio` or a
-            class of your own.
+            The model's output to scores: `LabelSoftmax`, `Sigmoid`, `SequenceScalar`, `TokenPair`,
+            `AnswerProbability`, `LogRatio` or a class of your own.
         head ([`~trl_grpo_ext.reward_models.heads.Head`], *optional*):
             The head on the backbone, for a reading that needs one: `LinearHead`, `MLPHead`, `GatedObjectivesHead` or a
             class of your own. Without one the model is a causal language model.
@@ -67,7 +67,7 @@ class Preset:
 
     Raises:
         TypeError: a field of another type.
-        ValueError: an unknown `kind` or `reduce`, or a head that the reading does not take.
+        ValueError: an unknown `kind` or `reduce`, or a head or a rendering that the reading does not take.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Preset:
             self._bring_to_form()
             check_fields(self)
             self.reading.check_outputs(None if self.head is None else self.head.outputs)
+            self.reading.check_rendering(self.rendering)
         except (TypeError, ValueError) as error:
             raise type(error)(f"preset '{self.name}': {error}") from None
         for field, value, known in (

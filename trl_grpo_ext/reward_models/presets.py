@@ -1,16 +1,22 @@
 """The reward models that people use, as presets, and which preset a model has."""
 
+import json
 import os
 from fnmatch import fnmatch
+from pathlib import Path
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
+from ..distributed import is_main_process
 from ..steps.segmentation import Segmentation
 from .heads import GatedObjectivesHead, LinearHead, MLPHead
 from .preset import Preset
-from .readings import LabelSoftmax, LogRatio, SequenceScalar, Sigmoid, TokenPair
+from .readings import AnswerProbability, LabelSoftmax, LogRatio, SequenceScalar, Sigmoid, TokenPair
 from .rendering import Bare, Tagged, Turns
 
+
+logger = logging.get_logger(__name__)
 
 _QWEN_MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 _ACEMATH_SYSTEM = "Please reason step by step, and check your final answer within \\boxed{}."
@@ -28,6 +34,16 @@ PRESETS: dict[str, Preset] = {
             head=MLPHead("score", outputs=2),
             stray_keys=("lm_head.*",),
             max_length=4096,
+        ),
+        # The checkpoint of 1.5B has another form, with its head in a file of its own
+        Preset(
+            name="reasonflux-prm",
+            models=("Gen-Verse/ReasonFlux-PRM-7B",),
+            kind="process",
+            rendering=Tagged(tag="<extra_0>", chat=True),
+            reading=LabelSoftmax(indices=(1,)),
+            head=MLPHead("score", outputs=2),
+            stray_keys=("lm_head.*",),
         ),
         Preset(
             name="math-shepherd",
@@ -48,16 +64,24 @@ PRESETS: dict[str, Preset] = {
             semantics="value",
             reduce="last",
         ),
+        # One of the two is an adapter on Granite. The cards read the probability of Y itself, not against N
+        Preset(
+            name="granite-prm",
+            models=("ibm-granite/granite-3.3-8b-lora-math-prm", "ibm-granite/granite-3.3-8b-math-prm-v2"),
+            kind="process",
+            rendering=Turns(after=" Is this response correct so far (Y/N)?", answer="Y"),
+            reading=AnswerProbability(),
+        ),
         Preset(
             name="skywork-prm",
             models=("Skywork/Skywork-o1-Open-PRM-*",),
             architectures=("Qwen2ForPrmModel",),
             kind="process",
-            rendering=Tagged(tag="\n", prompt="{problem}\n", bos=True),
+            rendering=Tagged(tag="\n", prompt="{problem}\n", bos=True, each_line=True),
             reading=Sigmoid(),
             head=LinearHead("v_head.summary", outputs=1),
             stray_keys=("lm_head.*",),
-            segmentation=Segmentation(by="newline"),
+            segmentation=Segmentation(by="newline", strip=False),
             semantics="value",
             reduce="last",
         ),
@@ -130,6 +154,57 @@ PRESETS: dict[str, Preset] = {
             stray_keys=("lm_head.*",),
             semantics="reward",
         ),
+        # Its system message is empty. Without any, Qwen's template would write one of its own
+        Preset(
+            name="world-pm",
+            models=("Qwen/WorldPM-72B*",),
+            kind="outcome",
+            rendering=Bare(chat=True, closing="all", system=""),
+            reading=SequenceScalar(),
+            head=MLPHead("score", outputs=1),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+        ),
+        Preset(
+            name="inf-orm",
+            models=("infly/INF-ORM-Llama3.1-*",),
+            architectures=("INFORMForSequenceClassification",),
+            kind="outcome",
+            rendering=Bare(chat=True, closing="all"),
+            reading=SequenceScalar(),
+            head=MLPHead("score", outputs=1),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+        ),
+        # The code of the next two tokenizes what the template writes as a text, after a second beginning of sequence
+        Preset(
+            name="grm",
+            models=("Ray2333/GRM-*-sftreg",),
+            kind="outcome",
+            rendering=Bare(chat=True, as_text=True, closing="all"),
+            reading=SequenceScalar(),
+            head=MLPHead("v_head.summary", outputs=1, widths=(1024,)),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+        ),
+        Preset(
+            name="athene-rm",
+            models=("Nexusflow/Athene-RM-*",),
+            kind="outcome",
+            rendering=Bare(chat=True, as_text=True, closing="all", end="{cls_token}"),
+            reading=SequenceScalar(),
+            head=LinearHead("v_head", outputs=1, bias=False),
+            stray_keys=("lm_head.*",),
+            semantics="reward",
+            max_length=4096,
+        ),
+        Preset(
+            name="rlhflow-orm",
+            models=("RLHFlow/Llama3.1-8B-ORM-*",),
+            kind="outcome",
+            rendering=Turns(answer="+"),
+            reading=TokenPair(good="+", bad="-"),
+        ),
         Preset(
             name="armo-rm",
             models=("RLHFlow/ArmoRM-Llama3-8B-*",),
@@ -165,25 +240,60 @@ def _matches_id(pattern: str, model: str) -> bool:
     return fnmatch(name, pattern) or fnmatch(name.split("/")[-1], pattern.split("/")[-1])
 
 
+def _written_name(model: str) -> str | None:
+    """The id that the config in a folder names, as those of earlier versions of transformers do."""
+    config = Path(model) / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") if config.is_file() else None
+
+
+def _preset_by_id(model: str) -> Preset | None:
+    names = [model, _written_name(model) or model]
+    for preset in PRESETS.values():
+        if any(_matches_id(pattern, name) for pattern in preset.models for name in names):
+            return preset
+    return None
+
+
+def _preset_by_class(config: PreTrainedConfig) -> Preset | None:
+    for preset in PRESETS.values():
+        fits = any(fnmatch(name, pattern) for name in config.architectures or [] for pattern in preset.architectures)
+        if fits and preset.labels in (None, config.num_labels):
+            return preset
+    return None
+
+
 def find_preset(model: str, config: PreTrainedConfig | None = None) -> Preset | None:
     """
-    The preset of a model, by its id or its folder's name, else by its config; `None` if it is not known.
+    The preset of a model, by its id or its folder's name, else by its class; `None` if it is not known.
+
+    A class says which head a model has, and not which input it was trained on, see [`warn_of_assumption`].
+
+    Args:
+        model (`str`):
+            Id on the Hub, or folder. A folder is also known by the id that its config names.
+        config (`PreTrainedConfig`, *optional*):
+            Its config, whose `architectures` name the class.
+    """
+    return _preset_by_id(model) or (None if config is None else _preset_by_class(config))
+
+
+def warn_of_assumption(model: str, preset: Preset) -> None:
+    """
+    Say once for each model what is assumed where a preset was found by the model's class alone.
 
     Args:
         model (`str`):
             Id on the Hub, or folder.
-        config (`PreTrainedConfig`, *optional*):
-            Its config, whose `architectures` tell what an id does not.
+        preset ([`Preset`]):
+            What [`find_preset`] has found.
     """
-    for preset in PRESETS.values():
-        if any(_matches_id(pattern, model) for pattern in preset.models):
-            return preset
-    architectures = [] if config is None else (config.architectures or [])
-    for preset in PRESETS.values():
-        fits = any(fnmatch(name, pattern) for name in architectures for pattern in preset.architectures)
-        if config is not None and fits and preset.labels in (None, config.num_labels):
-            return preset
-    return None
+    if _preset_by_id(model) is None and is_main_process():
+        logger.warning_once(
+            f"No preset knows '{model}' by its id. By its class, which says nothing of its input, it is taken for "
+            f"preset '{preset.name}': {preset.rendering}, steps by {preset.segmentation.by!r}, "
+            f"{preset.reading}. If its card says the same, preset='{preset.name}' says so without this warning; else "
+            "give preset= another name, a YAML file or a Preset of your own."
+        )
 
 
 def resolve_preset(
@@ -197,7 +307,7 @@ def resolve_preset(
             Id on the Hub, or folder.
         preset ([`Preset`], `str` or `os.PathLike`, *optional*):
             A preset, the name of one of `PRESETS`, or the path of a YAML file; the one that [`find_preset`] finds by
-            default.
+            default, with a warning if it is found by the model's class alone.
         config (`PreTrainedConfig`, *optional*):
             The model's config.
 
@@ -213,6 +323,8 @@ def resolve_preset(
     if preset is not None and preset.endswith((".yaml", ".yml")):
         return Preset.from_yaml(preset)
     found = find_preset(model, config) if preset is None else PRESETS.get(preset)
+    if preset is None and found is not None:
+        warn_of_assumption(model, found)
     if found is None:
         what = f"no preset fits '{model}'" if preset is None else f"there is no preset '{preset}'"
         raise ValueError(f"{what}; pass preset= as one of {', '.join(PRESETS)}, a YAML file or a Preset of your own.")

@@ -7,9 +7,10 @@ A reading says with `needs` what the model must have, and it builds the module t
 |---|---|---|---|
 | `"head"` | a decoder, and the head that the preset names | the head's outputs | [`HeadReading`] |
 | `"vocabulary"` | a causal language model | the logits of a few answers | [`AnswerReading`] |
+| `"log_probs"` | a causal language model | the log-probability of each token | [`LogProbReading`] |
 | `"log_ratio"` | two causal language models with one tokenizer | the log-ratio of each token | [`LogRatioReading`] |
 
-A reading of your own is a subclass of one of the three, in a module of your own. A preset in YAML names it by its
+A reading of your own is a subclass of one of the four, in a module of your own. A preset in YAML names it by its
 import path, `type: my_package.my_module:MyReading`, and its other entries are the arguments of the class.
 """
 
@@ -22,12 +23,12 @@ import torch
 from torch import nn
 
 from .plain_data import CheckedFields
-from .rendering import RenderedBatch, check_shape
+from .rendering import RenderedBatch, Rendering, Turns, check_shape
 from .texts import check_texts
 
 
 # What a model may have for a reading
-_NEEDS = ("head", "vocabulary", "log_ratio")
+_NEEDS = ("head", "vocabulary", "log_probs", "log_ratio")
 
 
 class BackboneOutput(NamedTuple):
@@ -58,9 +59,13 @@ class LoadedParts(Protocol):
 
 
 class Reading(CheckedFields, ABC):
-    """What all readings share. Subclass [`HeadReading`], [`AnswerReading`] or [`LogRatioReading`]."""
+    """
+    What all readings share.
 
-    needs: ClassVar[Literal["head", "vocabulary", "log_ratio"] | None] = None
+    Subclass [`HeadReading`], [`AnswerReading`], [`LogProbReading`] or [`LogRatioReading`].
+    """
+
+    needs: ClassVar[Literal["head", "vocabulary", "log_probs", "log_ratio"] | None] = None
 
     @property
     def needs_vocabulary(self) -> bool:
@@ -83,12 +88,24 @@ class Reading(CheckedFields, ABC):
         if self.needs not in _NEEDS:
             raise ValueError(
                 f"the reading {name} has needs = {self.needs!r}; known: {', '.join(_NEEDS)}. Subclass HeadReading, "
-                "AnswerReading or LogRatioReading, which set it."
+                "AnswerReading, LogProbReading or LogRatioReading, which set it."
             )
         if self.needs == "head" and outputs is None:
             raise ValueError(f"the reading {name} needs a head; set `head`.")
         if self.needs != "head" and outputs is not None:
             raise ValueError(f"the reading {name} takes the model's vocabulary instead of a head; leave `head` out.")
+
+    def check_rendering(self, rendering: Rendering) -> None:
+        """
+        Check the rendering of a preset.
+
+        Args:
+            rendering ([`~trl_grpo_ext.reward_models.rendering.Rendering`]):
+                What makes the inputs.
+
+        Raises:
+            ValueError: its inputs lack what the reading needs.
+        """
 
     @abstractmethod
     def build(self, parts: LoadedParts) -> nn.Module:
@@ -154,6 +171,25 @@ class LogitsReadOut(nn.Module):
 
     def forward(self, outputs: Sequence[BackboneOutput], batch: RenderedBatch) -> torch.Tensor:
         return self.reading.scores(self.logits(outputs[0].hidden_BLH, batch))
+
+
+class LogProbReadOut(nn.Module):
+    """
+    The scores of a reading of one model's log-probabilities.
+
+    Args:
+        reading ([`LogProbReading`]):
+            Maps the log-probabilities to scores.
+    """
+
+    def __init__(self, reading: "LogProbReading"):
+        super().__init__()
+        self.reading = reading
+
+    def forward(self, outputs: Sequence[BackboneOutput], batch: RenderedBatch) -> torch.Tensor:
+        log_probs_BL = outputs[0].log_probs_BL
+        assert log_probs_BL is not None
+        return self.reading.scores(log_probs_BL, batch)
 
 
 class LogRatioReadOut(nn.Module):
@@ -227,6 +263,30 @@ class AnswerReading(Reading):
         answers = self.answer_texts()
         check_texts(answers, f"answer_texts() of the reading {type(self).__name__}")
         return LogitsReadOut(parts.answer_logits(answers), self)
+
+
+class LogProbReading(Reading):
+    """A reading of the log-probabilities that a causal language model gives to the ids of its input."""
+
+    needs = "log_probs"
+
+    @abstractmethod
+    def scores(self, log_probs_BL: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        """
+        Scores from the log-probabilities of the ids.
+
+        Args:
+            log_probs_BL (`torch.Tensor` of shape `(B, L)`):
+                `log p(y_t)` of each id after those before it, in nats and float32; 0 for the first id of a row.
+            batch ([`RenderedBatch`]):
+                The ids and the score positions.
+
+        Returns:
+            `torch.Tensor` of shape `(R,)`.
+        """
+
+    def build(self, parts: LoadedParts) -> nn.Module:
+        return LogProbReadOut(self)
 
 
 class LogRatioReading(Reading):
@@ -325,6 +385,28 @@ class TokenPair(AnswerReading):
 
     def scores(self, logits_RO: torch.Tensor) -> torch.Tensor:
         return (logits_RO[:, 0] - logits_RO[:, 1]).sigmoid()
+
+
+@dataclass(frozen=True)
+class AnswerProbability(LogProbReading):
+    """
+    The probability of the answer that the rendering writes, over the whole vocabulary, in [0, 1].
+
+        score = p(answer)
+
+    For the rendering [`~trl_grpo_ext.reward_models.rendering.Turns`], whose score positions are followed by the
+    answer. `TokenPair` compares the answer with one other instead.
+    """
+
+    def check_rendering(self, rendering: Rendering) -> None:
+        """Raise `ValueError` if the rendering writes no answers."""
+        if not isinstance(rendering, Turns):
+            raise ValueError(
+                f"the reading AnswerProbability reads the answers of the rendering Turns, and {rendering} writes none."
+            )
+
+    def scores(self, log_probs_BL: torch.Tensor, batch: RenderedBatch) -> torch.Tensor:
+        return log_probs_BL[batch.rows_R, batch.columns_R + 1].exp()
 
 
 @dataclass(frozen=True)

@@ -35,31 +35,36 @@ def last_user_text(prompt: Any) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    said = [message["content"] for message in prompt if message["role"] == "user"]
-    kinds = _kinds_of_parts(said[-1]) if said else []
-    beside = [kind for kind in kinds if kind != _TEXT]
-    if beside:
-        raise ValueError(
-            "the problem is the text of the prompt's last user message, which also has parts of type "
-            f"{', '.join(dict.fromkeys(beside))}; use reward functions that do not need the problem, "
-            "or JudgeSteps and JudgeOutcome, which give the judge a prompt's images. Reward models take text alone."
-        )
-    if not kinds:
+    said = [message["content"] for message in prompt if message["role"] == "user"][-1:]
+    for content in said:
+        check_text_only(content, "the problem, which is the prompt's last user message,")
+    if not any(kinds_of_parts(content) for content in said):
         raise ValueError(
             "the problem is the text of the prompt's last user message, and there is none in the prompt "
             f"{prompt!r}; use reward functions that do not need it."
         )
-    return _message_text(said[-1])
+    return message_text(said[0])
 
 
-def _kinds_of_parts(content: Any) -> list[str]:
+def check_text_only(content: Any, what: str) -> None:
+    """Raise `ValueError` if a message's content has parts that are no text; `what` names it in the error."""
+    beside = [kind for kind in kinds_of_parts(content) if kind != _TEXT]
+    if beside:
+        raise ValueError(
+            f"{what} also has parts of type {', '.join(dict.fromkeys(beside))}. Reward models that this package loads "
+            "or serves read text alone, since no preset has a model for images. JudgeSteps and JudgeOutcome give the "
+            "judge a prompt's images, and reward functions of your own get the whole prompt."
+        )
+
+
+def kinds_of_parts(content: Any) -> list[str]:
     """The type of each part of a message's content: a text, a list of `{"type": ..., ...}`, or `None`."""
     if isinstance(content, list):
         return [part["type"] for part in content]
     return [] if content is None else [_TEXT]
 
 
-def _message_text(content: Any) -> str:
+def message_text(content: Any) -> str:
     """The text of a message: its content, or the text parts of it one after the other, as in chat templates."""
     if isinstance(content, list):
         return "".join(part[_TEXT] for part in content if part["type"] == _TEXT)
@@ -78,7 +83,7 @@ def assistant_text(completion: Any) -> str:
     """
     if isinstance(completion, str):
         return completion
-    texts = [_message_text(message.get("content")) for message in completion if message["role"] == "assistant"]
+    texts = [message_text(message.get("content")) for message in completion if message["role"] == "assistant"]
     return "\n\n".join(text for text in texts if text)
 
 
@@ -173,6 +178,16 @@ def warn_of_thinking(source: str) -> None:
             f"{source}: a completion holds thinking, which is judged with the answer. Say what is to be judged by the "
             "scope of the segmentation: Segmentation(scope='answer') leaves thinking out, 'thinking' leaves the "
             "answer out, and 'all' judges both without this warning. This is said once."
+        )
+
+
+def warn_of_template(source: str) -> None:
+    """Say once that solutions stay unjudged because of what the reward model's chat template does with them."""
+    if is_main_process():
+        logger.warning_once(
+            f"{source}: the chat template leaves out or rewrites a step of a solution, as some templates do with "
+            "thinking, so that it is not found in what the model would read. Such solutions stay unjudged. With "
+            "Segmentation(scope='answer') the template is given no thinking. This is said once."
         )
 
 

@@ -42,7 +42,8 @@ class Step(NamedTuple):
 
     Args:
         text (`str`):
-            The step without white space at its two ends, the indentation of its first line included.
+            The step without white space at its two ends, the indentation of its first line included; with it where the
+            segmentation has `strip=False`.
         last_token (`int`):
             Index into `completion_ids` of the token that ends the step. The separator after a step belongs to the
             step.
@@ -102,9 +103,13 @@ class Segmentation:
             before: `---`, a heading or a title in bold alone, `Step 3:` alone, a tag of thinking. For the first three
             ways to cut.
 
+        strip (`bool`, *optional*, defaults to `True`):
+            Whether the text of a step is without the white space at its two ends. With `False` the texts of all steps
+            together are the text in scope, its blank lines and its indentation, for models that read these.
+
     Raises:
         TypeError: a `by` that is neither a text nor a callable, a number that is not whole, `thinking` that is neither
-            pairs of texts nor a callable, or a `join_headings` that is not true or false.
+            pairs of texts nor a callable, or a `join_headings` or `strip` that is not true or false.
         ValueError: an unknown `by` or `scope`, a pattern that is not a regular expression, a number below 1, or an
             empty tag.
 
@@ -124,6 +129,7 @@ class Segmentation:
     scope: Literal["all", "answer", "thinking"] | None = None
     thinking: Sequence[Sequence[str]] | Callable[[str], Sequence[Sequence[int]]] = THINKING_TAGS
     join_headings: bool = True
+    strip: bool = True
 
     def __post_init__(self):
         if not isinstance(self.by, str) and (isinstance(self.by, type) or not callable(self.by)):
@@ -140,8 +146,9 @@ class Segmentation:
                 raise ValueError(f"Segmentation: {name} is {value}; it must be at least 1.")
         if self.scope not in (None, *_SCOPES):
             raise ValueError(f"Segmentation: scope is {self.scope!r}; known: {', '.join(_SCOPES)}.")
-        if not isinstance(self.join_headings, bool):
-            raise TypeError(f"Segmentation: join_headings is {self.join_headings!r}; expected true or false.")
+        for name, flag in (("join_headings", self.join_headings), ("strip", self.strip)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"Segmentation: {name} is {flag!r}; expected true or false.")
         if not callable(self.thinking):
             # YAML has lists, and a segmentation is compared and hashed
             object.__setattr__(self, "thinking", _parse_tags(self.thinking))
@@ -150,6 +157,10 @@ class Segmentation:
     def tags(self) -> tuple[tuple[str, str], ...]:
         """Pairs of tags of thinking; none where a callable finds it."""
         return () if callable(self.thinking) else self.thinking  # type: ignore[return-value]
+
+    def text_of(self, piece: str) -> str:
+        """The text of the step that a piece is."""
+        return piece.strip() if self.strip else piece
 
     def find_thinking(self, text: str, is_open: bool = False) -> list[Thinking]:
         """
@@ -333,7 +344,8 @@ def segment(
     for part in parts:
         for step in _segment_part(aligned, part, segmentation):
             # Parts that are next to each other may end in one token
-            before = steps.pop().text + "\n\n" if steps and steps[-1].last_token == step.last_token else ""
+            between = "\n\n" if segmentation.strip else ""
+            before = steps.pop().text + between if steps and steps[-1].last_token == step.last_token else ""
             steps.append(Step(before + step.text, step.last_token))
     return join_turns(steps, segmentation)
 
@@ -352,7 +364,7 @@ def _segment_part(aligned: AlignedText, part: Span, segmentation: Segmentation) 
     first_token = end_token(aligned.token_ends, part.start + 1)
     for last_token in _join_steps(list(char_end_of_token), first_token, segmentation):
         end = char_end_of_token[last_token]
-        steps.append(Step(text[start:end].strip(), last_token))
+        steps.append(Step(segmentation.text_of(text[start:end]), last_token))
         start = end
     return steps
 

@@ -10,12 +10,14 @@ from tqdm.auto import tqdm
 
 from ...concurrency import run_together
 from ...rewards.types import StepRewards
-from ...steps.policy_text import assistant_text, last_user_text, place_on_tokens, policy_steps
+from ...steps.policy_text import assistant_text, place_on_tokens, policy_steps, warn_of_template
 from ...steps.segmentation import Segmentation, SegmentationLike, as_segmentation
 from ..preset import Preset
 from ..presets import resolve_preset
+from ..problem import LAST_USER, ProblemLike, ProblemReader, as_problem
 from ..progress import scoring_bar
 from ..readings import LabelSoftmax
+from ..rendering import Problem, Rendering
 from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
@@ -62,9 +64,14 @@ class RemoteRewardModel(RemoteSource):
             The reward model's tokenizer, for `rendering`.
         max_length (`int`, *optional*):
             The most tokens that `rendering` may give.
+        problem (`str`, `Mapping[str, str]` or `Callable`, *optional*, defaults to `"last_user"`):
+            What of a prompt is the problem: `"last_user"`, `"conversation"`, a column of the data set as
+            `{"column": name}`, or a function; see [`~trl_grpo_ext.reward_models.problem.ProblemReader`]. A
+            conversation needs a `rendering` with a chat template, or vLLM's `messages`.
 
     Raises:
-        ValueError: as [`RemoteSource`]; an unknown protocol, or a preset of the other kind.
+        ValueError: as [`RemoteSource`]; an unknown protocol, a preset of the other kind, or a conversation as problem
+            where the server is sent a text.
     """
 
     kind: ClassVar[str]
@@ -77,6 +84,7 @@ class RemoteRewardModel(RemoteSource):
     rendering: Any = None
     tokenizer: Any = None
     max_length: int | None = None
+    problem: ProblemLike = LAST_USER
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,9 +96,29 @@ class RemoteRewardModel(RemoteSource):
             self._take_preset(resolve_preset(self.__name__, self.preset))
         if (self.rendering is None) != (self.tokenizer is None):
             raise ValueError("rendering (or preset) and tokenizer go together: the reward model's own, or neither.")
+        self._problem = ProblemReader(self.problem, self._takes_conversations)
+        if isinstance(self.rendering, Rendering) and len(self.rendering.inputs(["one", "two"])) > 1:
+            raise ValueError(
+                f"{self.rendering} makes an input of each step, and one request holds one input of a solution. Load "
+                "the model here, or serve it by `python -m trl_grpo_ext.serve` and leave rendering and preset out."
+            )
 
     def _name_parts(self) -> list[str]:
         return [] if self.model is None else [self.model.split("/")[-1]]
+
+    @property
+    def _takes_conversations(self) -> bool:
+        return self.protocol == "vllm" if self.rendering is None else self.rendering.takes_conversations
+
+    @property
+    def required_columns(self) -> list[str]:
+        """The columns that the dataset must have."""
+        return self._problem.required_columns
+
+    def _check_problems(self, problems: Any) -> list[Problem]:
+        if isinstance(problems, str) or not isinstance(problems, (list, tuple)):
+            check_texts(problems, "problems")
+        return [as_problem(one, f"problems[{row}]", self._takes_conversations) for row, one in enumerate(problems)]
 
     def _take_preset(self, preset: Preset) -> None:
         if preset.kind != self.kind:
@@ -102,12 +130,15 @@ class RemoteRewardModel(RemoteSource):
         self.rendering = preset.rendering if self.rendering is None else self.rendering
         self.max_length = preset.max_length if self.max_length is None else self.max_length
 
-    def _render(self, problem: str, steps: Sequence[str]) -> Any:
-        return self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
+    def _render(self, problem: Problem, steps: Sequence[str]) -> Any:
+        rendered = self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
+        if steps and not rendered.ids:
+            warn_of_template(repr(self))
+        return rendered
 
-    def _query(self, problem: str, steps: Sequence[str]) -> Query | None:
+    def _query(self, problem: Problem, steps: Sequence[str]) -> Query | None:
         """A completion for OpenRLHF's protocol; `None` where nothing of it fits into `max_length`."""
-        if self.rendering is None:
+        if isinstance(problem, str) and self.rendering is None:
             return plain_query(problem, steps)
         rendered = self._render(problem, steps)
         if not rendered.score_positions:
@@ -213,10 +244,11 @@ class RemoteProcessRewardModel(RemoteRewardModel):
         tokenizer = self.policy_tokenizer
         steps = policy_steps(tokenizer, completion_ids, tool_mask, segmentation, repr(self), prompts, prompt_ids)
         texts = [[step.text for step in own] for own in steps]
-        scores = await self.score_steps([last_user_text(prompt) for prompt in prompts], texts)
+        problems = self._problem.read(prompts, columns, repr(self), (tokenizer, self.tokenizer))
+        scores = await self.score_steps(problems, texts)
         return [place_on_tokens(own, values) for own, values in zip(steps, scores, strict=True)]
 
-    async def score_steps(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
+    async def score_steps(self, problems: Sequence[Problem], steps: Sequence[Sequence[str]]) -> list[StepScores]:
         """
         Scores of every step of every solution, in order.
 
@@ -224,7 +256,7 @@ class RemoteProcessRewardModel(RemoteRewardModel):
             `list[list[float | None] | None]`: per solution as many as it has steps, `None` for a step that the server
             left unscored; `None` instead of the list where the request failed and `on_failure` is `"none"`.
         """
-        check_texts(problems, "problems")
+        problems = self._check_problems(problems)
         for index, own in enumerate(steps):
             check_texts(own, f"solution {index}")
         ask = self._ask_openrlhf if self.protocol == "openrlhf" else self._ask_vllm
@@ -234,13 +266,13 @@ class RemoteProcessRewardModel(RemoteRewardModel):
             for values, own in zip(await ask(problems, steps), steps, strict=True)
         ]
 
-    async def _ask_openrlhf(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
+    async def _ask_openrlhf(self, problems: Sequence[Problem], steps: Sequence[Sequence[str]]) -> list[StepScores]:
         queries = [self._query(problem, own) for problem, own in zip(problems, steps, strict=True)]
         asked = {row: query for row, query in enumerate(queries) if query is not None}
         requests = [openrlhf_steps([asked[row] for row in rows]) for rows in self._batches(list(asked))]
         return _filled(list(asked), await self._ask(requests), [[] for _ in steps])
 
-    async def _ask_vllm(self, problems: Sequence[str], steps: Sequence[Sequence[str]]) -> list[StepScores]:
+    async def _ask_vllm(self, problems: Sequence[Problem], steps: Sequence[Sequence[str]]) -> list[StepScores]:
         requests = {}
         assert self.labels is not None
         for row, (problem, own) in enumerate(zip(problems, steps, strict=True)):
@@ -269,23 +301,23 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
 
     @property
     def required_columns(self) -> list[str]:
-        """The column that the dataset must have."""
-        return [] if self.label_column is None else [self.label_column]
+        """The columns that the dataset must have."""
+        return super().required_columns + ([] if self.label_column is None else [self.label_column])
 
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Score]:
         if self.label_column is not None and self.label_column not in columns:
             raise ValueError(f"the dataset has no column {self.label_column!r} to send as `labels`.")
         return await self.score_batch(
-            [last_user_text(prompt) for prompt in prompts],
+            self._problem.read(prompts, columns, repr(self), (self.tokenizer,)),
             [assistant_text(completion) for completion in completions],
             None if self.label_column is None else columns[self.label_column],
         )
 
     async def score_batch(
-        self, problems: Sequence[str], solutions: Sequence[str], labels: Sequence[Any] | None = None
+        self, problems: Sequence[Problem], solutions: Sequence[str], labels: Sequence[Any] | None = None
     ) -> list[Score]:
         """One number per solution, in order; `None` where the server gave none or the request failed."""
-        check_texts(problems, "problems")
+        problems = self._check_problems(problems)
         check_texts(solutions, "solutions")
         pairs = zip(problems, solutions, strict=True)
         if self.protocol == "vllm":
@@ -302,10 +334,10 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
             ]
         return _filled(list(asked), await self._ask(requests), [None] * len(problems))
 
-    def _vllm_outcome(self, problem: str, solution: str) -> Request | None:
+    def _vllm_outcome(self, problem: Problem, solution: str) -> Request | None:
         if self.rendering is None:
-            chat = [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
-            return vllm_outcome(self.model, messages=chat)
+            asked = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
+            return vllm_outcome(self.model, messages=[*asked, {"role": "assistant", "content": solution}])
         rendered = self._render(problem, [solution])
         # A solution that does not fit would be judged by its problem alone
         return vllm_outcome(self.model, input=rendered.ids) if rendered.score_positions else None

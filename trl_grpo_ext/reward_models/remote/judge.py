@@ -17,9 +17,10 @@ from ...concurrency import run_together
 from ...rewards.step_reductions import STEP_REDUCTIONS
 from ...rewards.types import StepRewards, check_number
 from ...steps.named_arguments import value_of_row
-from ...steps.policy_text import assistant_text, last_user_text
+from ...steps.policy_text import assistant_text
 from ...steps.segmentation import SegmentationLike, as_segmentation
 from ...steps.step_reward import AsyncStepRewardFunction
+from ..problem import LAST_USER, ProblemLike, ProblemReader
 from ..progress import scoring_bar
 from .answer_cache import AnswerCache, content_key
 from .images import images_of, without_images
@@ -100,6 +101,10 @@ class _Judge(RemoteSource):
         max_cost (`float`, *optional*):
             Once all processes together have paid this much since the judge was made, the training stops with a
             [`JudgeBudgetError`]. Requests in flight are still paid.
+        problem (`str`, `Mapping[str, str]` or `Callable`, *optional*, defaults to `"last_user"`):
+            What of a prompt is the problem: `"last_user"`, `"conversation"`, a column of the data set as
+            `{"column": name}`, or a function; see [`~trl_grpo_ext.reward_models.problem.ProblemReader`]. In `{{data}}`
+            a conversation is a list of messages, and in `{{problem}}` each message follows its role and a colon.
 
     Raises:
         TypeError: a `format` that is none.
@@ -112,6 +117,7 @@ class _Judge(RemoteSource):
     cache: str | os.PathLike[str] | None = None
     price: tuple[float, float] | None = None
     max_cost: float | None = None
+    problem: ProblemLike = LAST_USER
 
     kind: ClassVar[str]
 
@@ -120,6 +126,7 @@ class _Judge(RemoteSource):
         super().__post_init__()
         if self._format.kind != self.kind:
             raise ValueError(f"the format is of kind '{self._format.kind}'; {type(self).__name__} needs another.")
+        self._problem = ProblemReader(self.problem, takes_conversations=True)
         self.usage = JudgeUsage()
         self._cache = AnswerCache(self.cache)
         self._processes = 1
@@ -137,8 +144,8 @@ class _Judge(RemoteSource):
 
     @property
     def required_columns(self) -> list[str]:
-        """The columns of the dataset that the templates name."""
-        return self._format.columns
+        """The columns of the dataset that the templates and the problem name."""
+        return list(dict.fromkeys([*self._format.columns, *self._problem.required_columns]))
 
     @property
     def cost(self) -> float:
@@ -184,7 +191,7 @@ class _Judge(RemoteSource):
         """The reward of each step, or of the outcome; `None` for a completion that stays unjudged."""
         text = assistant_text(completion)
         images = images_of(prompt)
-        problem = last_user_text(without_images(prompt))
+        problem = self._problem.of_row(without_images(prompt), columns, f"judge '{self.__name__}'")
 
         def fill(template: str, **more: Any) -> str:
             return self._format.fill(template, problem, steps, text, {**columns, **more})
@@ -364,7 +371,8 @@ class JudgeOutcome(_Judge):
             where = f"reward source '{self.__name__}', completion {row}"
             missing = [name for name in self.required_columns if name not in columns]
             if missing:
-                raise TypeError(f"{where}: the format names {missing[0]!r}, which is no column of the dataset.")
+                named_by = "format" if missing[0] in self._format.columns else "problem"
+                raise TypeError(f"{where}: the {named_by} names {missing[0]!r}, which is no column of the dataset.")
             return {
                 name: value_of_row(columns[name], row, len(prompts), where, name) for name in self.required_columns
             }

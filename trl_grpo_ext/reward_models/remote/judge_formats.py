@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..rendering import Problem
+
 
 # What a parser gives for each step
 Values = Sequence[float | None]
@@ -109,7 +111,7 @@ class JudgeFormat:
         return sorted(self.fields - set(_OWN_FIELDS))
 
     def fill(
-        self, template: str, problem: str, steps: Sequence[str] | None, completion: str, more: Mapping[str, Any]
+        self, template: str, problem: Problem, steps: Sequence[str] | None, completion: str, more: Mapping[str, Any]
     ) -> str:
         """
         A message.
@@ -117,8 +119,8 @@ class JudgeFormat:
         Args:
             template (`str`):
                 One of the format's templates.
-            problem (`str`):
-                The problem.
+            problem (`str` or `list[dict]`):
+                The problem; a conversation's messages are written after their roles.
             steps (`Sequence[str]` or `None`):
                 The steps; `None` for a judge of outcomes.
             completion (`str`):
@@ -126,7 +128,7 @@ class JudgeFormat:
             more (`Mapping[str, Any]`):
                 The columns of the dataset, and `step`.
         """
-        values = {**more, "problem": problem, "completion": completion}
+        values = {**more, "problem": _written(problem), "completion": completion}
         texts = {name: inert(str(value)) for name, value in values.items()}
         if steps is not None:
             numbered = [
@@ -147,11 +149,20 @@ def inert(text: str) -> str:
     return _MARKUP.sub(f"<{_WORD_JOINER}", text)
 
 
-def _data(problem: str, steps: Sequence[str] | None, completion: str) -> str:
+def _written(problem: Problem) -> str:
+    if isinstance(problem, str):
+        return problem
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in problem)
+
+
+def _data(problem: Problem, steps: Sequence[str] | None, completion: str) -> str:
     judged: dict[str, Any] = {"completion": completion}
     if steps is not None:
         judged = {"steps": [{"step": number, "text": text} for number, text in enumerate(steps, 1)]}
-    written = json.dumps({"problem": problem, **judged}, ensure_ascii=False, indent=1)
+    asked = problem
+    if not isinstance(problem, str):
+        asked = [{"role": message["role"], "content": message["content"]} for message in problem]
+    written = json.dumps({"problem": asked, **judged}, ensure_ascii=False, indent=1)
     # The same JSON: outside of its texts there is no such character
     return _MARKUP.sub(r"\\u003c", written)
 
