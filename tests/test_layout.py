@@ -41,6 +41,7 @@ PURE = [
     "reward_models/remote/judge_formats.py",
     "reward_models/remote/protocols.py",
     "reward_models/rendering.py",
+    "reward_models/renderings.py",
     "reward_models/texts.py",
     "rewards/gating.py",
     "rewards/step_reductions.py",

@@ -30,7 +30,7 @@ from trl_grpo_ext.reward_models.opening import open_reward_model, open_reward_mo
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
 from trl_grpo_ext.reward_models.readings import LabelSoftmax, LogRatio, Sigmoid, TokenPair
-from trl_grpo_ext.reward_models.rendering import Tagged
+from trl_grpo_ext.reward_models.renderings import Tagged
 
 
 TAGGED = Tagged(tag=";")

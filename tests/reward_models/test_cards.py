@@ -11,7 +11,7 @@ from tests.support.solutions import solutions
 from trl_grpo_ext.reward_models.heads import MLPHead
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
-from trl_grpo_ext.reward_models.rendering import Tagged
+from trl_grpo_ext.reward_models.renderings import Tagged
 
 
 # In one process with the other tests of these tokenizers, which take seconds to load

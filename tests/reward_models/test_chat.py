@@ -23,7 +23,7 @@ from tests.support.tokenizers import load_tokenizer as tokenizer_by_name
 from tests.support.training import make_trainer
 from trl_grpo_ext import GRPOExtTrainer, OutcomeRewardModel
 from trl_grpo_ext.reward_models.chat import Message, Piece, write_chat
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns
+from trl_grpo_ext.reward_models.renderings import Bare, Tagged, Turns
 
 
 # In one process with the other tests of these tokenizers, which take seconds to load

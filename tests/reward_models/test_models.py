@@ -31,7 +31,7 @@ from trl_grpo_ext.reward_models.models import OutcomeRewardModel, ProcessRewardM
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS
 from trl_grpo_ext.reward_models.readings import AnswerProbability, Sigmoid
-from trl_grpo_ext.reward_models.rendering import Bare
+from trl_grpo_ext.reward_models.renderings import Bare
 from trl_grpo_ext.rewards.types import StepRewards
 from trl_grpo_ext.steps.segmentation import Segmentation
 

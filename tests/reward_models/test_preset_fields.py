@@ -22,7 +22,7 @@ from trl_grpo_ext.reward_models.heads import Head, LinearHead
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.presets import PRESETS, find_preset, resolve_preset
 from trl_grpo_ext.reward_models.readings import AnswerReading, HeadReading, LabelSoftmax, LogRatio, Reading, TokenPair
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged
+from trl_grpo_ext.reward_models.renderings import Bare, Tagged
 from trl_grpo_ext.steps.segmentation import Segmentation
 
 

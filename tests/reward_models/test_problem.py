@@ -25,7 +25,7 @@ from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.problem import ProblemReader
 from trl_grpo_ext.reward_models.readings import TokenPair
 from trl_grpo_ext.reward_models.remote import transport
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged
+from trl_grpo_ext.reward_models.renderings import Bare, Tagged
 
 
 URL = "http://127.0.0.1:1"

@@ -37,7 +37,7 @@ from trl_grpo_ext.reward_models.remote import addresses, server, transport
 from trl_grpo_ext.reward_models.remote.client import RemoteOutcomeRewardModel, RemoteProcessRewardModel
 from trl_grpo_ext.reward_models.remote.protocols import RewardServerError, openrlhf_steps, plain_query, vllm_steps
 from trl_grpo_ext.reward_models.remote.server import _api_key, _receive_body, _Worker, create_app, main
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged
+from trl_grpo_ext.reward_models.renderings import Bare, Tagged
 from trl_grpo_ext.rewards.sources import AsyncRewardSource, wrap_source
 from trl_grpo_ext.steps.segmentation import Segmentation
 

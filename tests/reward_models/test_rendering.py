@@ -15,7 +15,7 @@ from tests.support.hub_folders import (
 )
 from tests.support.tokenizers import load_tokenizer as tokenizer_by_name
 from trl_grpo_ext.reward_models.encoding import encode_text, one_id
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged, Turns
+from trl_grpo_ext.reward_models.renderings import Bare, Tagged, Turns
 
 
 # In one process with the other tests of these tokenizers, which take seconds to load

@@ -20,7 +20,7 @@ from tests.support.training import PROMPTS, fixed_completions, on_cpu, shard_all
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, ProcessRewardModel
 from trl_grpo_ext.reward_models.preset import Preset
 from trl_grpo_ext.reward_models.readings import LogRatio, TokenPair
-from trl_grpo_ext.reward_models.rendering import Bare, Tagged
+from trl_grpo_ext.reward_models.renderings import Bare, Tagged
 from trl_grpo_ext.steps.segmentation import Segmentation
 
 

@@ -12,7 +12,8 @@ from ..steps.segmentation import Segmentation, as_segmentation
 from .heads import GatedObjectivesHead, Head, LinearHead, MLPHead
 from .plain_data import build, build_typed, check_fields
 from .readings import AnswerProbability, LabelSoftmax, LogRatio, Reading, SequenceScalar, Sigmoid, TokenPair
-from .rendering import Bare, Rendering, Tagged, Turns
+from .rendering import Rendering
+from .renderings import Bare, Tagged, Turns
 
 
 # The fields of a preset that are objects: what each must be, and the classes that need no import path

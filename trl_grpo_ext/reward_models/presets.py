@@ -13,7 +13,7 @@ from ..steps.segmentation import Segmentation
 from .heads import GatedObjectivesHead, LinearHead, MLPHead
 from .preset import Preset
 from .readings import AnswerProbability, LabelSoftmax, LogRatio, SequenceScalar, Sigmoid, TokenPair
-from .rendering import Bare, Tagged, Turns
+from .renderings import Bare, Tagged, Turns
 
 
 logger = logging.get_logger(__name__)

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from .plain_data import CheckedFields
-from .rendering import RenderedBatch, Rendering, Turns, check_shape
+from .rendering import RenderedBatch, Rendering, check_shape
+from .renderings import Turns
 from .texts import check_texts
 
 
@@ -394,7 +395,7 @@ class AnswerProbability(LogProbReading):
 
         score = p(answer)
 
-    For the rendering [`~trl_grpo_ext.reward_models.rendering.Turns`], whose score positions are followed by the
+    For the rendering [`~trl_grpo_ext.reward_models.renderings.Turns`], whose score positions are followed by the
     answer. `TokenPair` compares the answer with one other instead.
     """
 
