@@ -4,8 +4,8 @@ The heads' matrix products, a chunk of tokens at a time, and the logits that the
 Two sizes bound the memory, whatever the number of tokens:
 
 - a chunk is as many tokens as fit into the memory allowed; each matrix product is over one chunk,
-- a block is as many tokens of a chunk as fit into the processor's cache; the elementwise work is over one block. Triton's
-  kernels need no cache of that kind: for them the chunk is one block.
+- a block is as many tokens of a chunk as fit into the processor's cache; the elementwise work is over one block. For
+  Triton's kernels, which have no tiles to fit in, the chunk is one block.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,8 +50,9 @@ def default_logits_bytes(vocabulary: int, itemsize: int, block_bytes: int | None
     """
     Bytes for logits where the user names no number.
 
-    A chunk of tokens reads the whole head from memory. On a GPU it takes about 1,000 tokens until the products keep the
-    processors busy meanwhile, so a chunk has 2,048 tokens, unless they take more than an eighth of the GPU's memory:
+    A chunk of tokens reads the whole head from memory. On a GPU it takes about 1,000 tokens until the products keep
+    the processors busy meanwhile, so a chunk has 2,048 tokens, unless they take more than an eighth of the GPU's
+    memory:
 
         2048 tokens * 2 products * vocabulary * itemsize + tiles
 

@@ -22,8 +22,8 @@ count as one token. Its probabilities under a and b are alpha and beta, and D' i
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from .row_operations import SWITCH
 from .rows import LossGradients, Rows, Statistics
@@ -90,6 +90,42 @@ def _load_logits(product_row, bias, offsets, V, stride, scale, cap, HAS_BIAS: tl
     return tl.where(offsets < V, logits, float("-inf")), slope
 
 
+@triton.jit
+def _add_block(
+    divergence, z, ref_z, total, ref_total, new_total, new_ref_total, shift, ref_shift, IS_FORWARD: tl.constexpr
+):
+    """
+    The divergence times the total of a, with one more block.
+
+    `z` and `ref_z` are the block's logits minus the maxima so far. By `shift` and `ref_shift` the maxima before the
+    block differ from these; they are not positive. `total` and `ref_total` are relative to the maxima before.
+    """
+    p = tl.exp(z)
+    q = tl.exp(ref_z)
+    rescale = tl.exp(shift)
+    ref_rescale = tl.exp(ref_shift)
+    before = total * rescale
+    ref_before = ref_total * ref_rescale
+    # Where all tokens so far are excluded, there is nothing to scale
+    safe_total = tl.where(new_total == 0, 1.0, new_total)
+    safe_ref_total = tl.where(new_ref_total == 0, 1.0, new_ref_total)
+    log_quotient = _log_quotient(safe_ref_total, safe_total)
+    log_ratio = (z - ref_z) + log_quotient
+    before_log_ratio = ((shift - ref_shift) + _log_quotient(total, ref_total)) + log_quotient
+    # The other distribution at the scale of a
+    if IS_FORWARD:
+        scale = safe_ref_total / safe_total
+        terms = _divergence_term(q, p * scale, -log_ratio)
+        before_term = _divergence_term(ref_before, before * scale, -before_log_ratio)
+        rescale = ref_rescale
+    else:
+        scale = safe_total / safe_ref_total
+        terms = _divergence_term(p, q * scale, log_ratio)
+        before_term = _divergence_term(before, ref_before * scale, before_log_ratio)
+    # An infinite divergence of tokens whose probability has become 0 counts for nothing
+    return tl.where(rescale == 0, 0.0, divergence * rescale) + before_term + tl.sum(terms, axis=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
@@ -140,26 +176,9 @@ def statistics_kernel(
         new_total = total * rescale + tl.sum(p, axis=0)
         new_ref_total = ref_total * ref_rescale + tl.sum(q, axis=0)
         weighted = (weighted + total * shift) * rescale + tl.sum(tl.where(p == 0, 0.0, p * z), axis=0)
-
-        # Both at the scale of the first. Where all tokens so far are excluded, there is nothing to scale
-        safe_total = tl.where(new_total == 0, 1.0, new_total)
-        safe_ref_total = tl.where(new_ref_total == 0, 1.0, new_ref_total)
-        log_quotient = _log_quotient(safe_ref_total, safe_total)
-        log_ratio = (z - ref_z) + log_quotient
-        before_log_ratio = ((shift - ref_shift) + _log_quotient(total, ref_total)) + log_quotient
-        before = total * rescale
-        ref_before = ref_total * ref_rescale
-        if IS_FORWARD:
-            to_a = safe_ref_total / safe_total
-            terms = _divergence_term(q, p * to_a, -log_ratio)
-            before_term = _divergence_term(ref_before, before * to_a, -before_log_ratio)
-            rescale = ref_rescale
-        else:
-            to_a = safe_total / safe_ref_total
-            terms = _divergence_term(p, q * to_a, log_ratio)
-            before_term = _divergence_term(before, ref_before * to_a, before_log_ratio)
-        # An infinite divergence of tokens whose probability has become 0 counts for nothing
-        divergence = tl.where(rescale == 0, 0.0, divergence * rescale) + before_term + tl.sum(terms, axis=0)
+        divergence = _add_block(
+            divergence, z, ref_z, total, ref_total, new_total, new_ref_total, shift, ref_shift, IS_FORWARD
+        )
         maximum = new_maximum
         ref_maximum = new_ref_maximum
         total = new_total
@@ -175,12 +194,11 @@ def statistics_kernel(
         kl = divergence / total
         mean_score += kl
 
+    # An id that is no token's reads nothing, and its log-prob is -inf
     target = tl.load(targets + row)
-    is_token = (target >= 0) & (target < V)
-    target = tl.where(is_token, target, 0)
+    target = tl.where(target < 0, V, target)
     z, _ = _load_logits(product_row, bias, target, V, stride, scale, cap, HAS_BIAS, HAS_CAP)
     ref_z, _ = _load_logits(ref_product_row, ref_bias, target, V, stride, scale, cap, HAS_REF_BIAS, HAS_CAP)
-    z = tl.where(is_token, z, float("nan"))
     results = statistics + row * 9
     tl.store(results, (z - maximum) - log_total)
     tl.store(results + 1, log_total - weighted / total)

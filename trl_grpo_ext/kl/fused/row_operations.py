@@ -55,7 +55,7 @@ def _runs_kernels(device: torch.device) -> bool:
 @cache
 def _say_that_there_is_no_kernel(divergence: Divergence) -> None:
     logger.warning(
-        "The exact KL has Triton kernels for kl_direction 'reverse' and 'forward' only. For the divergence in use, %r, "
-        "the logits take PyTorch's operations, which are slower on a GPU.",
+        "The exact KL has Triton kernels for kl_direction 'reverse' and 'forward' only. For the divergence in use, "
+        "%r, PyTorch's operations work on the logits, which takes longer on a GPU.",
         divergence,
     )
