@@ -64,12 +64,12 @@ def _log_quotient(a, b):
 @triton.jit
 def _divergence_term(a, b, log_ratio):
     """`a x - a + b` with `x = log(a / b)`; `0 log 0 = 0`."""
-    x = tl.where(a == 0, 0.0, log_ratio)
+    # Any finite x that is not small will do where a is 0
+    x = tl.where(a == 0, 1.0, log_ratio)
     # exp(-x) - 1 + x = x^2 / 2 - x^3 / 6 + ...
     series = tl.fma(x, tl.fma(x, 1.0 / 40320.0, -1.0 / 5040.0), 1.0 / 720.0)
     series = tl.fma(x, tl.fma(x, tl.fma(x, tl.fma(x, series, -1.0 / 120.0), 1.0 / 24.0), -1.0 / 6.0), 0.5)
-    is_small = (tl.abs(x) < 0.5) & (a != 0)
-    return tl.where(is_small, a * (x * x * series), a * (x - 1.0) + b)
+    return tl.where(tl.abs(x) < 0.5, a * (x * x * series), tl.fma(a, x - 1.0, b))
 
 
 @triton.jit
@@ -126,6 +126,37 @@ def _add_block(
     return tl.where(rescale == 0, 0.0, divergence * rescale) + before_term + tl.sum(terms, axis=0)
 
 
+@triton.jit
+def _kl_and_mean_score(divergence, total, ref_total, log_total, ref_log_total, IS_FORWARD: tl.constexpr):
+    # The scores are made from the rounded log-totals, and their mean has to be too: a gradient's row sums to 0
+    rounding = (ref_log_total - log_total) - _log_quotient(ref_total, total)
+    if IS_FORWARD:
+        kl = divergence / ref_total
+        mean_score = rounding
+    else:
+        kl = divergence / total
+        mean_score = kl + rounding
+    return kl, mean_score
+
+
+@triton.jit
+def _weighted_score(p, z, ref_z, log_total, ref_log_total, IS_FORWARD: tl.constexpr):
+    """`p_v s_v` with the divergence's score s."""
+    if IS_FORWARD:
+        weighted = p - tl.exp(ref_z - ref_log_total)
+    else:
+        weighted = tl.where(p == 0, 0.0, p * ((z - ref_z) + (ref_log_total - log_total)))
+    return weighted
+
+
+@triton.jit
+def _store(results, first, second, third, fourth):
+    tl.store(results, first)
+    tl.store(results + 1, second)
+    tl.store(results + 2, third)
+    tl.store(results + 3, fourth)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
@@ -175,7 +206,8 @@ def statistics_kernel(
         q = tl.exp(ref_z)
         new_total = total * rescale + tl.sum(p, axis=0)
         new_ref_total = ref_total * ref_rescale + tl.sum(q, axis=0)
-        weighted = (weighted + total * shift) * rescale + tl.sum(tl.where(p == 0, 0.0, p * z), axis=0)
+        # 0 log 0 = 0
+        weighted = (weighted + total * shift) * rescale + tl.sum(p * tl.maximum(z, -1e30), axis=0)
         divergence = _add_block(
             divergence, z, ref_z, total, ref_total, new_total, new_ref_total, shift, ref_shift, IS_FORWARD
         )
@@ -186,28 +218,16 @@ def statistics_kernel(
 
     log_total = tl.log(total)
     ref_log_total = tl.log(ref_total)
-    # The scores are made from the rounded log-totals, and their mean has to be too: a gradient's row sums to 0
-    mean_score = (ref_log_total - log_total) - _log_quotient(ref_total, total)
-    if IS_FORWARD:
-        kl = divergence / ref_total
-    else:
-        kl = divergence / total
-        mean_score += kl
-
+    kl, mean_score = _kl_and_mean_score(divergence, total, ref_total, log_total, ref_log_total, IS_FORWARD)
     # An id that is no token's reads nothing, and its log-prob is -inf
     target = tl.load(targets + row)
     target = tl.where(target < 0, V, target)
     z, _ = _load_logits(product_row, bias, target, V, stride, scale, cap, HAS_BIAS, HAS_CAP)
     ref_z, _ = _load_logits(ref_product_row, ref_bias, target, V, stride, scale, cap, HAS_REF_BIAS, HAS_CAP)
     results = statistics + row * 9
-    tl.store(results, (z - maximum) - log_total)
-    tl.store(results + 1, log_total - weighted / total)
-    tl.store(results + 2, kl)
-    tl.store(results + 3, (ref_z - ref_maximum) - ref_log_total)
-    tl.store(results + 4, maximum)
-    tl.store(results + 5, log_total)
-    tl.store(results + 6, ref_maximum)
-    tl.store(results + 7, ref_log_total)
+    ref_logp = (ref_z - ref_maximum) - ref_log_total
+    _store(results, (z - maximum) - log_total, log_total - weighted / total, kl, ref_logp)
+    _store(results + 4, maximum, log_total, ref_maximum, ref_log_total)
     tl.store(results + 8, mean_score)
 
 
@@ -265,11 +285,7 @@ def gradient_kernel(
         ref_log_total = tl.load(results + 7)
         ref_z, _ = _load_logits(ref_product_row, ref_bias, offsets, V, stride, scale, cap, HAS_REF_BIAS, HAS_CAP)
         ref_z -= tl.load(results + 6)
-        if IS_FORWARD:
-            d_kl = p - tl.exp(ref_z - ref_log_total)
-        else:
-            d_kl = tl.where(p == 0, 0.0, p * ((z - ref_z) + (ref_log_total - log_total)))
-        d_kl -= p * tl.load(results + 8)
+        d_kl = _weighted_score(p, z, ref_z, log_total, ref_log_total, IS_FORWARD) - p * tl.load(results + 8)
 
     if IS_SEPARATE:
         tl.store(product_row + offsets, (d_kl * slope).to(product.dtype.element_ty), mask=inside)
