@@ -91,6 +91,20 @@ def _load_logits(product_row, bias, offsets, V, stride, scale, cap, HAS_BIAS: tl
 
 
 @triton.jit
+def _load_target(target, V):
+    # An id that is no token's reads nothing, and its log-prob is -inf
+    token = tl.load(target)
+    return tl.where(token < 0, V, token)
+
+
+@triton.jit
+def _add_terms(weighted_sum, total, shift, rescale, p, values):
+    """`sum_v p_v values_v` with one more block, where all values before become larger by `shift`; `0 log 0 = 0`."""
+    before = tl.where(rescale == 0, 0.0, (weighted_sum + total * shift) * rescale)
+    return before + tl.sum(tl.where(p == 0, 0.0, p * values), axis=0)
+
+
+@triton.jit
 def _add_block(
     divergence, z, ref_z, total, ref_total, new_total, new_ref_total, shift, ref_shift, IS_FORWARD: tl.constexpr
 ):
@@ -127,15 +141,15 @@ def _add_block(
 
 
 @triton.jit
-def _kl_and_mean_score(divergence, total, ref_total, log_total, ref_log_total, IS_FORWARD: tl.constexpr):
-    # The scores are made from the rounded log-totals, and their mean has to be too: a gradient's row sums to 0
-    rounding = (ref_log_total - log_total) - _log_quotient(ref_total, total)
+def _kl_and_mean_score(divergence, difference, total, ref_total, IS_FORWARD: tl.constexpr):
+    # The mean of the scores as `_weighted_score` makes them, from rounded log-totals: a gradient's row sums to 0
+    log_quotient = tl.log(ref_total) - tl.log(total)
     if IS_FORWARD:
         kl = divergence / ref_total
-        mean_score = rounding
+        mean_score = log_quotient - _log_quotient(ref_total, total)
     else:
         kl = divergence / total
-        mean_score = kl + rounding
+        mean_score = difference / total + log_quotient
     return kl, mean_score
 
 
@@ -187,8 +201,9 @@ def statistics_kernel(
     ref_maximum = _LOWEST
     total = 0.0
     ref_total = 0.0
-    # sum_v exp(z_v - maximum) (z_v - maximum), and the divergence times the total of a
+    # Times a total: the mean of z - maximum, that of its difference to the reference's, and the divergence
     weighted = 0.0
+    difference = 0.0
     divergence = 0.0
     for start in range(0, V, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -199,15 +214,14 @@ def statistics_kernel(
         shift = maximum - new_maximum
         ref_shift = ref_maximum - new_ref_maximum
         rescale = tl.exp(shift)
-        ref_rescale = tl.exp(ref_shift)
         z -= new_maximum
         ref_z -= new_ref_maximum
         p = tl.exp(z)
-        q = tl.exp(ref_z)
         new_total = total * rescale + tl.sum(p, axis=0)
-        new_ref_total = ref_total * ref_rescale + tl.sum(q, axis=0)
-        # 0 log 0 = 0
-        weighted = (weighted + total * shift) * rescale + tl.sum(p * tl.maximum(z, -1e30), axis=0)
+        new_ref_total = ref_total * tl.exp(ref_shift) + tl.sum(tl.exp(ref_z), axis=0)
+        weighted = _add_terms(weighted, total, shift, rescale, p, z)
+        if not IS_FORWARD:
+            difference = _add_terms(difference, total, shift - ref_shift, rescale, p, z - ref_z)
         divergence = _add_block(
             divergence, z, ref_z, total, ref_total, new_total, new_ref_total, shift, ref_shift, IS_FORWARD
         )
@@ -218,10 +232,8 @@ def statistics_kernel(
 
     log_total = tl.log(total)
     ref_log_total = tl.log(ref_total)
-    kl, mean_score = _kl_and_mean_score(divergence, total, ref_total, log_total, ref_log_total, IS_FORWARD)
-    # An id that is no token's reads nothing, and its log-prob is -inf
-    target = tl.load(targets + row)
-    target = tl.where(target < 0, V, target)
+    kl, mean_score = _kl_and_mean_score(divergence, difference, total, ref_total, IS_FORWARD)
+    target = _load_target(targets + row, V)
     z, _ = _load_logits(product_row, bias, target, V, stride, scale, cap, HAS_BIAS, HAS_CAP)
     ref_z, _ = _load_logits(ref_product_row, ref_bias, target, V, stride, scale, cap, HAS_REF_BIAS, HAS_CAP)
     results = statistics + row * 9
