@@ -145,7 +145,7 @@ class LiveMemory(TorchDispatchMode):
 
     def now(self):
         # Triton's interpreter leaves cycles behind
-        gc.collect()
+        gc.collect(1)
         return sum(self.sizes.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
