@@ -28,6 +28,9 @@ PURE = [
     "kl/fused/gradients.py",
     "kl/fused/plain.py",
     "kl/fused/predicted_gradient.py",
+    "kl/fused/row_kernels.py",
+    "kl/fused/row_operations.py",
+    "kl/fused/rows.py",
     "kl/fused/tiles.py",
     "kl/fused/token_stats.py",
     "loss.py",
@@ -110,7 +113,9 @@ def test_the_lists_name_modules_that_exist():
 @pytest.mark.parametrize("module", PURE)
 def test_a_pure_module_imports_torch_the_standard_library_and_pure_modules(module):
     own = {name for name in imports(MODULES[module]) if name.endswith(".py")}
-    assert roots(MODULES[module]) - sys.stdlib_module_names - {"torch"} == set()
+    # Triton is not installed everywhere: one module imports it, and is imported where it is used
+    allowed = {"torch", "triton"} if module == "kl/fused/row_kernels.py" else {"torch"}
+    assert roots(MODULES[module]) - sys.stdlib_module_names - allowed == set()
     assert own <= set(PURE)
 
 

@@ -45,6 +45,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from grpo import ScriptArguments, looks_like_model
 
 from trl_grpo_ext import GRPOExtConfig
+from trl_grpo_ext.kl.fused.chunks import default_logits_bytes
 
 
 GIB = 2**30
@@ -77,7 +78,7 @@ class MemoryArguments:
         prompt_tokens (`int`, *optional*, defaults to `256`):
             Length of the prompts, chat template and system message included.
         device_memory (`float`, *optional*, defaults to `80.0`):
-            Memory of the GPU in GB. A colocated vLLM takes a share of it.
+            Memory of the GPU in GB. A colocated vLLM takes a share of it, and the logits have a bound by it.
     """
 
     accelerate_config: str | None = field(default=None, metadata={"help": "File for `accelerate launch`."})
@@ -241,7 +242,17 @@ def generation_parts(run: Run, device_memory: float) -> Iterator[Part]:
         yield Part("vLLM, weights and cache", share, GENERATION if args.vllm_enable_sleep_mode else STAYS)
 
 
-def training_parts(run: Run) -> Iterator[Part]:
+def logits_bytes(run: Run, device_memory: float) -> int:
+    """Both models' logits of a chunk of tokens, on a GPU with Triton's kernels."""
+    vocabulary = run.config.vocab_size
+    allowed = run.args.logits_memory_bytes or default_logits_bytes(
+        vocabulary, run.itemsize, block_bytes=None, gpu_bytes=int(device_memory * 1e9)
+    )
+    tokens = run.args.per_device_train_batch_size * run.completion_tokens
+    return min(allowed, 2 * tokens * vocabulary * run.itemsize)
+
+
+def training_parts(run: Run, device_memory: float) -> Iterator[Part]:
     """Activations of a micro-batch and their gradients, the head's logits, and weights that are made whole."""
     rows = run.args.per_device_train_batch_size
     tokens = rows * run.length
@@ -255,7 +266,7 @@ def training_parts(run: Run) -> Iterator[Part]:
     yield Part("gradients of activations", 3 * tokens * run.config.intermediate_size * run.itemsize, TRAINING)
     if run.args.kl_estimator == "exact":
         hidden = rows * run.completion_tokens * run.config.hidden_size
-        yield Part("head, logits of a chunk", run.args.logits_memory_bytes, TRAINING)
+        yield Part("head, logits of a chunk", logits_bytes(run, device_memory), TRAINING)
         yield Part("head, gradient of hidden states", 2 * hidden * FLOAT32, TRAINING)
     if run.quantized:
         yield Part("one matrix dequantised", run.matrix * run.itemsize, TRAINING)
@@ -273,7 +284,7 @@ def parts(
     yield from kept_parts(run)
     yield from reward_model_parts(run, script_args)
     yield from generation_parts(run, memory_args.device_memory)
-    yield from training_parts(run)
+    yield from training_parts(run, memory_args.device_memory)
 
 
 def as_config(quantization: Any) -> Any:

@@ -71,6 +71,26 @@ def test_exact_kl_and_its_figure(run, measured, tmp_path):
     assert "fused, gradient predicted" in (tmp_path / "figure.svg").read_text()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_rows_for_a_gpu_run(measured, monkeypatch, dtype):
+    exact_kl = importlib.import_module("recipes.bench.exact_kl")
+    # In this process, where they are known
+    monkeypatch.setattr(exact_kl, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(exact_kl, "METHODS", {"floor": exact_kl.floor} | exact_kl.ON_A_GPU)
+    rows = measured("exact_kl", "--sizes", "8x4x50", "--heads", "trained", "--dtype", dtype, "--device", "cpu")
+    assert {row["method"] for row in rows} == {"floor", *exact_kl.ON_A_GPU}
+    assert {row["dtype"] for row in rows} == {dtype}
+
+
+def test_the_predicted_cost_on_a_gpu(measured):
+    rows = measured("exact_kl_gpu_cost")
+    found = {(row["gpu"], row["head"], row["what"], row["unit"]): row["median"] for row in rows}
+    for gpu in {row["gpu"] for row in rows}:
+        for head, products in (("frozen", 3), ("trained", 4)):
+            assert found[gpu, head, "products", "M x H x V"] == pytest.approx(products)
+            assert 1 < found[gpu, head, "predicted time", "x floor"] < (1.15 if head == "frozen" else 1.2)
+
+
 def test_committed_figures_can_be_drawn(run, tmp_path):
     run("plot", str(BENCH / "exact_kl.csv"), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

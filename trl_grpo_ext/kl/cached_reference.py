@@ -41,7 +41,7 @@ class CachedReference:
             policy without its adapter or with the frozen adapter `"ref"`.
         accelerator (`Accelerator`):
             To unwrap the models.
-        logits_memory_bytes (`int`):
+        logits_memory_bytes (`int` or `None`):
             Bytes that logits may take at one moment.
         direction (`str`):
             A key of [`~trl_grpo_ext.kl.divergences.DIVERGENCES`].
@@ -61,7 +61,7 @@ class CachedReference:
         ref_model: Any,
         accelerator: Accelerator,
         *,
-        logits_memory_bytes: int,
+        logits_memory_bytes: int | None,
         direction: str,
     ):
         self.ref_model = ref_model

@@ -53,7 +53,7 @@ class ExactKLHead:
     Args:
         settings (`HeadSettings`):
             How hidden states become logits, as TRL resolved it.
-        logits_memory_bytes (`int`):
+        logits_memory_bytes (`int` or `None`):
             Bytes that logits may take at one moment.
         direction (`str`):
             A key of [`~trl_grpo_ext.kl.divergences.DIVERGENCES`].
@@ -64,7 +64,7 @@ class ExactKLHead:
     """
 
     settings: HeadSettings
-    logits_memory_bytes: int
+    logits_memory_bytes: int | None
     direction: str
     second_pass: SecondPassCount
     # Weak, since the patched policy outlives the trainer

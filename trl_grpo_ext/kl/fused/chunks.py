@@ -4,7 +4,8 @@ The heads' matrix products, a chunk of tokens at a time, and the logits that the
 Two sizes bound the memory, whatever the number of tokens:
 
 - a chunk is as many tokens as fit into the memory allowed; each matrix product is over one chunk,
-- a block is as many tokens of a chunk as fit into the processor's cache; the elementwise work is over one block.
+- a block is as many tokens of a chunk as fit into the processor's cache; the elementwise work is over one block. For
+  Triton's kernels, which have no tiles to fit in, the chunk is one block.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,16 +15,73 @@ from typing import Any, NamedTuple
 import torch
 
 
-# What the cache holds on a CPU, and enough for a kernel on a GPU
-_BLOCK_BYTES = {"cpu": 2**20}
-_BLOCK_BYTES_ELSEWHERE = 32 * 2**20
 # Upper bound of the block-sized tiles alive at the worst moment
 _BLOCK_TILES = 7
 # Chunk-sized tiles: the two models' products, which are overwritten by what their gradient is made from
 _CHUNK_TILES = 2
+# Entries: with rows that begin at multiples of it, a GPU loads 128 bits at a time
+_ROW_MULTIPLE = 16
+
+# Where nothing else is asked for
+_CPU_LOGITS_BYTES = 256 * 2**20
+_GPU_CHUNK_TOKENS = 2048
+_GPU_SHARE = 8
 
 # From weight and bias of a head to the context in which they are gathered from all processes
 GatherHead = Callable[..., AbstractContextManager[Any]]
+
+
+class LogitsMemory(NamedTuple):
+    """
+    What tensors with a row of V entries for each token may take.
+
+    Args:
+        total_bytes (`int`):
+            All of them together, at one moment.
+        block_bytes (`int` or `None`):
+            A tile of one block in float32; `None` where a chunk is one block and there are no tiles.
+    """
+
+    total_bytes: int
+    block_bytes: int | None
+
+
+def default_logits_bytes(vocabulary: int, itemsize: int, block_bytes: int | None, gpu_bytes: int | None) -> int:
+    """
+    Bytes for logits where the user names no number.
+
+    A chunk of tokens reads the whole head from memory. On a GPU it takes about 1,000 tokens until the products keep
+    the processors busy meanwhile, so a chunk has 2,048 tokens, unless they take more than an eighth of the GPU's
+    memory:
+
+        2048 tokens * 2 products * vocabulary * itemsize + tiles
+
+    On a CPU, 256 MiB.
+
+    Args:
+        vocabulary (`int`):
+            V, rows of the head.
+        itemsize (`int`):
+            Bytes of an entry of the products.
+        block_bytes (`int` or `None`):
+            As in [`LogitsMemory`].
+        gpu_bytes (`int` or `None`):
+            All memory of the GPU; `None` on a CPU.
+    """
+    if gpu_bytes is None:
+        return _CPU_LOGITS_BYTES
+    tiles = _BLOCK_TILES * (block_bytes or 0)
+    return min(_GPU_CHUNK_TOKENS * _CHUNK_TILES * _row_length(vocabulary) * itemsize + tiles, gpu_bytes // _GPU_SHARE)
+
+
+def gpu_bytes(device: torch.device) -> int | None:
+    """All memory of a GPU; `None` for any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _row_length(vocabulary: int) -> int:
+    """Entries from one row of products to the next."""
+    return -(-vocabulary // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 class HeadOptions(NamedTuple):
@@ -39,7 +97,7 @@ class HeadOptions(NamedTuple):
     logit_scale: float
     softcap: float | None
     matmul_dtype: torch.dtype
-    logits_memory_bytes: int
+    memory: LogitsMemory
 
     def logits_(self, y: torch.Tensor) -> torch.Tensor:
         """`z`, in the place of `y`."""
@@ -88,18 +146,22 @@ class HeadModel(NamedTuple):
     @property
     def _chunk_and_block_tokens(self) -> tuple[int, int]:
         vocabulary = self.weight_VH.shape[0]
-        memory = self.options.logits_memory_bytes
-        token_bytes = vocabulary * self.dtype.itemsize
-        cache = _BLOCK_BYTES.get(self.hidden_MH.device.type, _BLOCK_BYTES_ELSEWHERE)
-        block = max(1, min(cache, memory // (_BLOCK_TILES + _CHUNK_TILES)) // token_bytes)
-        chunk_memory = memory - _BLOCK_TILES * block * token_bytes
-        chunk = chunk_memory // (_CHUNK_TILES * vocabulary * self.hidden_MH.itemsize)
+        memory, block_bytes = self.options.memory
+        product_bytes = _CHUNK_TILES * _row_length(vocabulary) * self.hidden_MH.itemsize
+        if block_bytes is None:
+            chunk = max(1, memory // product_bytes)
+            return chunk, chunk
+        tile_bytes = vocabulary * self.dtype.itemsize
+        block = max(1, min(block_bytes, memory // (_BLOCK_TILES + _CHUNK_TILES)) // tile_bytes)
+        chunk = (memory - _BLOCK_TILES * block * tile_bytes) // product_bytes
         return max(1, chunk), block
 
     def new_product_buffer(self) -> torch.Tensor:
         """Memory for the products of one chunk."""
         chunk, _ = self._chunk_and_block_tokens
-        return self.hidden_MH.new_empty(min(chunk, self.hidden_MH.shape[0]), self.weight_VH.shape[0])
+        vocabulary = self.weight_VH.shape[0]
+        tokens = min(chunk, self.hidden_MH.shape[0])
+        return self.hidden_MH.new_empty(tokens, _row_length(vocabulary))[:, :vocabulary]
 
     def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
         """All tokens in chunks, each with its blocks; slices of the M tokens."""
@@ -109,11 +171,6 @@ class HeadModel(NamedTuple):
         for start in range(0, max(num_tokens, 1), chunk):
             stop = min(start + chunk, num_tokens)
             yield slice(start, stop), [slice(s, min(s + block, stop)) for s in range(start, max(stop, 1), block)]
-
-
-def rows_of_block(products: list[torch.Tensor], chunk: slice, block: slice) -> list[torch.Tensor]:
-    """From the products of a chunk, the rows of one of its blocks."""
-    return [product[block.start - chunk.start : block.stop - chunk.start] for product in products]
 
 
 def head_models(tensors, options: HeadOptions) -> tuple[HeadModel, HeadModel]:

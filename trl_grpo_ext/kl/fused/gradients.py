@@ -22,14 +22,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..divergences import Distributions, Divergence
-from .chunks import HeadModel, add_product_, rows_of_block
-from .tiles import LossGradients, Statistics, derivatives_, recomputed_gradient_, statistics_
-
-
-def times_slope_(gradient: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
-    """From the gradient with respect to the logits to that of the product, without a pass where they are the same."""
-    return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
+from .chunks import HeadModel, add_product_
+from .rows import FirstPass, LossGradients, RowOperations, Rows, Statistics, rows_of_block
 
 
 class GradientSums(NamedTuple):
@@ -55,12 +49,10 @@ class GradientSums(NamedTuple):
         hidden, weight, bias = wanted
         return cls(zeros(policy.hidden_MH, hidden), zeros(policy.weight_VH, weight), zeros(policy.bias_V, bias))
 
-    def add_block(self, product: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add a block's gradient with respect to the product, and leave it in the product's place for `add_chunk`."""
+    def add_block(self, product_gradient: torch.Tensor) -> None:
+        """Add what a block's gradient with respect to the product means for the bias."""
         if self.bias_V is not None:
-            self.bias_V.add_(gradient.sum(0))
-        # Copies nothing where the gradient was made in that place
-        product.copy_(gradient)
+            self.bias_V.add_(product_gradient.sum(0, dtype=self.bias_V.dtype))
 
     def add_chunk(self, policy: HeadModel, tokens: slice, product_gradient: torch.Tensor) -> None:
         """Add what a chunk's gradient with respect to the product means for hidden states and head."""
@@ -72,33 +64,20 @@ class GradientSums(NamedTuple):
 
 class Block(NamedTuple):
     """
-    A block of tokens in the forward, after its elementwise work.
+    A block of tokens in the forward, once its statistics are known.
 
     Args:
         tokens (`slice`):
             Which of the M tokens.
-        statistics ([`~trl_grpo_ext.kl.fused.tiles.Statistics`]):
-            Their statistics.
-        distributions ([`~trl_grpo_ext.kl.divergences.Distributions`]):
-            The tiles that the gradient is made from; may be overwritten.
-        divergence ([`~trl_grpo_ext.kl.divergences.Divergence`]):
-            Which one.
-        target (`torch.Tensor`):
-            Token ids, a column.
-        slope (`torch.Tensor` or `float`):
-            Derivative of the logits with respect to the product.
-        product, ref_product (`torch.Tensor`):
-            The products' memory. What is left in it, the matrix products of `add_chunk` can use.
+        rows ([`~trl_grpo_ext.kl.fused.rows.Rows`]):
+            Their products. What is left in their memory, the matrix products of `add_chunk` can use.
+        first_pass ([`~trl_grpo_ext.kl.fused.rows.FirstPass`]):
+            Has the statistics, and writes a gradient into the memory of the products.
     """
 
     tokens: slice
-    statistics: Statistics
-    distributions: Distributions
-    divergence: Divergence
-    target: torch.Tensor
-    slope: torch.Tensor | float
-    product: torch.Tensor
-    ref_product: torch.Tensor
+    rows: Rows
+    first_pass: FirstPass
 
 
 class Remainder(NamedTuple):
@@ -108,7 +87,7 @@ class Remainder(NamedTuple):
     Args:
         tokens (`torch.Tensor` or `None`):
             Indices of the tokens that need it; `None` for all.
-        loss ([`~trl_grpo_ext.kl.fused.tiles.LossGradients`]):
+        loss ([`~trl_grpo_ext.kl.fused.rows.LossGradients`]):
             The gradients of the loss to apply, for all M tokens.
     """
 
@@ -120,7 +99,7 @@ class Preparation(Protocol):
     """What the forward does for the backward."""
 
     def add_block(self, block: Block) -> None:
-        """Use the tiles of a block, and leave in its products' memory what [`Preparation.add_chunk`] multiplies."""
+        """Leave in the memory of a block's products what [`Preparation.add_chunk`] multiplies."""
 
     def add_chunk(self, policy: HeadModel, tokens: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         """Multiply what the blocks of a chunk have left in the products' memory."""
@@ -164,9 +143,7 @@ class TokenDerivatives:
         self.d_kl_MH = torch.zeros_like(policy.hidden_MH, dtype=policy.dtype)
 
     def add_block(self, block: Block) -> None:
-        d_logp, d_kl = derivatives_(block.distributions, block.divergence, block.statistics.mean_score, block.target)
-        block.product.copy_(times_slope_(d_kl, block.slope))
-        block.ref_product.copy_(times_slope_(d_logp, block.slope))
+        block.first_pass.write_derivatives()
 
     def add_chunk(self, policy: HeadModel, tokens: slice, product: torch.Tensor, ref_product: torch.Tensor) -> None:
         add_product_(self.d_kl_MH[tokens], product, policy.weight_VH)
@@ -183,79 +160,32 @@ class TokenDerivatives:
         return GradientSums(hidden_MH, None, None), Remainder(None, LossGradients(None, loss.entropy, None))
 
 
-# The work on a block is a function of its own, so that its tiles are freed before those of the next block are made
-
-
-def first_pass_block(
-    policy: HeadModel,
-    reference: HeadModel,
-    divergence: Divergence,
-    preparation: Preparation,
-    products: list[torch.Tensor],
-    tokens: slice,
-    target: torch.Tensor,
-) -> torch.Tensor:
-    """The [`~trl_grpo_ext.kl.fused.tiles.Statistics`] of a block in one tensor `(M, 9)`; overwrites the products."""
-    product, ref_product = products
-    logits = policy.logits_(product)
-    ref_logits = reference.logits_(ref_product)
-    slope = policy.options.slope(logits)
-    may_exclude = policy.may_exclude or reference.may_exclude
-    statistics, distributions = statistics_(logits, ref_logits, target, divergence, may_exclude)
-    preparation.add_block(Block(tokens, statistics, distributions, divergence, target, slope, product, ref_product))
-    return torch.cat(statistics, -1)
-
-
-def _second_pass_block(
-    policy: HeadModel,
-    reference: HeadModel,
-    divergence: Divergence,
-    sums: GradientSums,
-    products: list[torch.Tensor],
-    statistics: Statistics,
-    target: torch.Tensor,
-    loss: LossGradients,
-) -> None:
-    logits = policy.logits_(products[0])
-    ref_logits = None if loss.kl is None else reference.logits_(products[1])
-    slope = policy.options.slope(logits)
-    may_exclude = policy.may_exclude or reference.may_exclude
-    gradient = recomputed_gradient_(logits, ref_logits, statistics, target, loss, divergence, may_exclude)
-    sums.add_block(products[0], times_slope_(gradient, slope))
-
-
 def _add_all_tokens(
     sums: GradientSums,
     policy: HeadModel,
     reference: HeadModel,
-    divergence: Divergence,
+    operations: RowOperations,
     targets: torch.Tensor,
     statistics_M9: torch.Tensor,
     loss: LossGradients,
 ) -> None:
-    models = (policy,) if loss.kl is None else (policy, reference)
-    buffers = [policy.new_product_buffer() for _ in models]
+    buffer = policy.new_product_buffer()
+    ref_buffer = None if loss.kl is None else policy.new_product_buffer()
     for chunk, blocks in policy.chunks():
-        products = [model.product(chunk, out) for model, out in zip(models, buffers, strict=True)]
+        product = policy.product(chunk, buffer)
+        ref_product = None if ref_buffer is None else reference.product(chunk, ref_buffer)
         for block in blocks:
-            _second_pass_block(
-                policy,
-                reference,
-                divergence,
-                sums,
-                rows_of_block(products, chunk, block),
-                Statistics(*statistics_M9[block].split(1, -1)),
-                targets[block],
-                loss.of(block),
-            )
-        sums.add_chunk(policy, chunk, products[0])
+            rows = rows_of_block(policy, reference, product, ref_product, targets, chunk, block)
+            operations.second_pass(rows, Statistics.columns(statistics_M9[block]), loss.of(block))
+            sums.add_block(rows.product)
+        sums.add_chunk(policy, chunk, product)
 
 
 def add_second_pass(
     sums: GradientSums,
     policy: HeadModel,
     reference: HeadModel,
-    divergence: Divergence,
+    operations: RowOperations,
     targets: torch.Tensor,
     statistics_M9: torch.Tensor,
     remainder: Remainder,
@@ -270,7 +200,7 @@ def add_second_pass(
     if all(g is None for g in loss):
         return 0
     if tokens is None:
-        _add_all_tokens(sums, policy, reference, divergence, targets, statistics_M9, loss)
+        _add_all_tokens(sums, policy, reference, operations, targets, statistics_M9, loss)
         return len(targets)
     if len(tokens) == 0:
         return 0
@@ -280,7 +210,7 @@ def add_second_pass(
     if sums.hidden_MH is not None:
         own_sums = sums._replace(hidden_MH=torch.zeros_like(own_policy.hidden_MH, dtype=policy.dtype))
     _add_all_tokens(
-        own_sums, own_policy, own_reference, divergence, targets[tokens], statistics_M9[tokens], loss.of(tokens)
+        own_sums, own_policy, own_reference, operations, targets[tokens], statistics_M9[tokens], loss.of(tokens)
     )
     if sums.hidden_MH is not None and own_sums.hidden_MH is not None:
         sums.hidden_MH.index_add_(0, tokens, own_sums.hidden_MH)

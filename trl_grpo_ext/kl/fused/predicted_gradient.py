@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .chunks import HeadModel
-from .gradients import Block, GradientSums, Remainder, times_slope_
-from .tiles import LossGradients, gradient_
+from .gradients import Block, GradientSums, Remainder
+from .rows import LossGradients
 
 
 PredictedGradient = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
@@ -75,13 +75,11 @@ class AppliedPrediction:
 
     def add_block(self, block: Block) -> None:
         assert self.sums is not None
-        predicted = self.predicted_gradient(block.statistics.logp.squeeze(-1), block.tokens)
+        predicted = self.predicted_gradient(block.first_pass.statistics.logp.squeeze(-1), block.tokens)
         # With a prediction that is not finite, no difference could bring the gradient back
         g_logp, g_kl = (g.to(self.predicted_M2.dtype).nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1) for g in predicted)
-        gradient = gradient_(
-            block.distributions, block.divergence, block.statistics.mean_score, block.target, g_logp, g_kl
-        )
-        self.sums.add_block(block.product, times_slope_(gradient, block.slope))
+        block.first_pass.write_gradient(g_logp, g_kl)
+        self.sums.add_block(block.rows.product)
         self.predicted_M2[block.tokens] = torch.cat([g_logp, g_kl], -1)
         self.tolerance = _TOLERATED_ROUNDINGS * torch.finfo(predicted[0].dtype).eps
 

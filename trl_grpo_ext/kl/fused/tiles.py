@@ -6,43 +6,15 @@ tile stays in the processor's cache from one operation to the next, so everythin
 says that a function overwrites its arguments.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from ..divergences import Distributions, Divergence
+from .rows import LossGradients, Rows, Statistics
 
 
-class Statistics(NamedTuple):
-    """
-    Statistics of each token, all columns.
-
-    The first four are the results, see [`~trl_grpo_ext.kl.fused.plain.TokenStats`]. The next four make a token's
-    log-probs from its logits once more: `log p = logits - maximum - log_total`. The last one is `sum_v p_v s_v`, with
-    the divergence's score s.
-    """
-
-    logp: torch.Tensor
-    entropy: torch.Tensor
-    kl: torch.Tensor
-    ref_logp: torch.Tensor
-    maximum: torch.Tensor
-    log_total: torch.Tensor
-    ref_maximum: torch.Tensor
-    ref_log_total: torch.Tensor
-    mean_score: torch.Tensor
-
-
-class LossGradients(NamedTuple):
-    """Gradients of the loss with respect to the statistics, all columns; `None` for one that the loss does not use."""
-
-    logp: torch.Tensor | None
-    entropy: torch.Tensor | None
-    kl: torch.Tensor | None
-
-    def of(self, tokens: torch.Tensor | slice) -> "LossGradients":
-        """Those of some tokens."""
-        return LossGradients(*(None if g is None else g[tokens] for g in self))
+# Of one tile of a block: what the cache holds on a CPU, and enough for a kernel on a GPU
+_BLOCK_BYTES = {"cpu": 2**20}
+_BLOCK_BYTES_ELSEWHERE = 32 * 2**20
 
 
 def statistics_(
@@ -183,3 +155,75 @@ def recomputed_gradient_(
         distributions = _weighed_(Distributions(p, ref_logp.exp_(), log_ratio), divergence, excluded)
         gradient = divergence.weighted_score_(distributions).mul_(loss.kl).addcmul_(p, factor, value=-1)
     return gradient if loss.logp is None else gradient.scatter_add_(-1, target, loss.logp)
+
+
+def _times_slope_(gradient: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    """From the gradient with respect to the logits to that of the product, without a pass where they are the same."""
+    return gradient if isinstance(slope, float) and slope == 1.0 else gradient.mul_(slope)
+
+
+class TileOperations:
+    """
+    [`~trl_grpo_ext.kl.fused.rows.RowOperations`] by PyTorch's operations on the tiles of one block after the other.
+
+    Args:
+        divergence ([`~trl_grpo_ext.kl.divergences.Divergence`]):
+            Which one.
+    """
+
+    def __init__(self, divergence: Divergence):
+        self._divergence = divergence
+
+    def block_bytes(self, device: torch.device) -> int:
+        return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
+
+    def first_pass(self, rows: Rows, statistics_M9: torch.Tensor) -> "_FirstPass":
+        assert rows.ref_product is not None
+        logits = rows.policy.logits_(rows.product)
+        ref_logits = rows.reference.logits_(rows.ref_product)
+        slope = rows.policy.options.slope(logits)
+        may_exclude = rows.policy.may_exclude or rows.reference.may_exclude
+        statistics, distributions = statistics_(logits, ref_logits, rows.target, self._divergence, may_exclude)
+        torch.cat(statistics, -1, out=statistics_M9)
+        return _FirstPass(rows, statistics, distributions, self._divergence, slope)
+
+    def second_pass(self, rows: Rows, statistics: Statistics, loss: LossGradients) -> None:
+        logits = rows.policy.logits_(rows.product)
+        ref_logits = None if rows.ref_product is None else rows.reference.logits_(rows.ref_product)
+        slope = rows.policy.options.slope(logits)
+        may_exclude = rows.policy.may_exclude or rows.reference.may_exclude
+        gradient = recomputed_gradient_(
+            logits, ref_logits, statistics, rows.target, loss, self._divergence, may_exclude
+        )
+        # Copies nothing where the gradient was made in that place
+        rows.product.copy_(_times_slope_(gradient, slope))
+
+
+class _FirstPass:
+    def __init__(
+        self,
+        rows: Rows,
+        statistics: Statistics,
+        distributions: Distributions,
+        divergence: Divergence,
+        slope: torch.Tensor | float,
+    ):
+        self.statistics = statistics
+        self._rows = rows
+        self._distributions = distributions
+        self._divergence = divergence
+        self._slope = slope
+
+    def write_gradient(self, g_logp: torch.Tensor, g_kl: torch.Tensor) -> None:
+        gradient = gradient_(
+            self._distributions, self._divergence, self.statistics.mean_score, self._rows.target, g_logp, g_kl
+        )
+        self._rows.product.copy_(_times_slope_(gradient, self._slope))
+
+    def write_derivatives(self) -> None:
+        assert self._rows.ref_product is not None
+        d_logp, d_kl = derivatives_(
+            self._distributions, self._divergence, self.statistics.mean_score, self._rows.target
+        )
+        self._rows.product.copy_(_times_slope_(d_kl, self._slope))
+        self._rows.ref_product.copy_(_times_slope_(d_logp, self._slope))

@@ -26,15 +26,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..divergences import Divergence, find_divergence
-from .chunks import GatherHead, HeadModel, HeadOptions, head_models, matmul_dtype, rows_of_block
-from .gradients import NoPreparation, Preparation, TokenDerivatives, add_second_pass, first_pass_block
+from ..divergences import find_divergence
+from .chunks import (
+    GatherHead,
+    HeadModel,
+    HeadOptions,
+    LogitsMemory,
+    default_logits_bytes,
+    gpu_bytes,
+    head_models,
+    matmul_dtype,
+)
+from .gradients import Block, NoPreparation, Preparation, TokenDerivatives, add_second_pass
 from .plain import TokenStats
 from .predicted_gradient import AppliedPrediction, PredictedGradient, SecondPassCount, can_apply_prediction
-from .tiles import LossGradients, Statistics
-
-
-LOGITS_MEMORY_BYTES = 256 * 2**20
+from .row_operations import row_operations
+from .rows import LossGradients, RowOperations, Rows, Statistics, rows_of_block
 
 
 def _already_gathered(*head: torch.Tensor | None) -> AbstractContextManager[Any]:
@@ -43,7 +50,7 @@ def _already_gathered(*head: torch.Tensor | None) -> AbstractContextManager[Any]
 
 class _Options(NamedTuple):
     head: HeadOptions
-    divergence: Divergence
+    operations: RowOperations
     predicted_gradient: PredictedGradient | None
     second_pass: SecondPassCount
     gather_head: GatherHead
@@ -58,6 +65,14 @@ def _preparation(
     return TokenDerivatives(policy) if tuple(wanted) == (True, False, False) else NoPreparation()
 
 
+def _do_first_pass(
+    operations: RowOperations, preparation: Preparation, rows: Rows, tokens: slice, statistics_M9: torch.Tensor
+) -> None:
+    # A function of its own, so that the tiles of a block are freed before those of the next block are made
+    first_pass = operations.first_pass(rows, statistics_M9)
+    preparation.add_block(Block(tokens, rows, first_pass))
+
+
 class _FusedTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, targets, options: _Options):
@@ -65,24 +80,19 @@ class _FusedTokenStats(torch.autograd.Function):
         parameters = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         policy, reference = head_models(parameters, options.head)
         preparation = _preparation(policy, ctx.needs_input_grad[:3], options.predicted_gradient)
-        buffers = (policy.new_product_buffer(), policy.new_product_buffer())
+        buffer = policy.new_product_buffer()
+        ref_buffer = policy.new_product_buffer()
         targets_M1 = targets[:, None]
         # Allocated before the blocks' tiles. A small tensor that was allocated between the tiles of two blocks would
         # break the free memory up, and tiles of the same size would not fit in again
         statistics_M9 = hidden.new_empty(len(targets), len(Statistics._fields), dtype=policy.dtype)
         for chunk, blocks in policy.chunks():
-            products = [policy.product(chunk, buffers[0]), reference.product(chunk, buffers[1])]
+            product = policy.product(chunk, buffer)
+            ref_product = reference.product(chunk, ref_buffer)
             for block in blocks:
-                statistics_M9[block] = first_pass_block(
-                    policy,
-                    reference,
-                    options.divergence,
-                    preparation,
-                    rows_of_block(products, chunk, block),
-                    block,
-                    targets_M1[block],
-                )
-            preparation.add_chunk(policy, chunk, *products)
+                rows = rows_of_block(policy, reference, product, ref_product, targets_M1, chunk, block)
+                _do_first_pass(options.operations, preparation, rows, block, statistics_M9[block])
+            preparation.add_chunk(policy, chunk, product, ref_product)
         ctx.save_for_backward(*parameters, targets_M1, statistics_M9)
         ctx.options = options
         ctx.preparation = preparation
@@ -101,7 +111,7 @@ class _FusedTokenStats(torch.autograd.Function):
             policy, reference = head_models(parameters, options.head)
             sums, remainder = ctx.preparation.gradients(policy, loss, ctx.needs_input_grad[:3])
             second_pass_tokens = add_second_pass(
-                sums, policy, reference, options.divergence, targets_M1, statistics_M9, remainder
+                sums, policy, reference, options.operations, targets_M1, statistics_M9, remainder
             )
         options.second_pass.add(second_pass_tokens, len(targets_M1))
         results = (None if x is None else x.to(p.dtype) for x, p in zip(sums, parameters[:3], strict=True))
@@ -135,6 +145,15 @@ def _check_positive(**numbers: float | None) -> None:
             raise ValueError(f"`{name}` must be positive, got {value}")
 
 
+def _logits_memory(
+    total_bytes: int | None, weight: torch.Tensor, dtype: torch.dtype, operations: RowOperations
+) -> LogitsMemory:
+    block_bytes = operations.block_bytes(weight.device)
+    if total_bytes is None:
+        total_bytes = default_logits_bytes(len(weight), dtype.itemsize, block_bytes, gpu_bytes(weight.device))
+    return LogitsMemory(total_bytes, block_bytes)
+
+
 def fused_token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -148,7 +167,7 @@ def fused_token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     direction: str = "reverse",
-    logits_memory_bytes: int = LOGITS_MEMORY_BYTES,
+    logits_memory_bytes: int | None = None,
 ) -> TokenStats:
     r"""
     Log-prob of the target, entropy, exact divergence and the reference's log-prob, per token.
@@ -201,16 +220,19 @@ def fused_token_stats(
             Bound of the logits' absolute value, before the temperature.
         direction (`str`, *optional*, defaults to `"reverse"`):
             A key of [`~trl_grpo_ext.kl.divergences.DIVERGENCES`].
-        logits_memory_bytes (`int`, *optional*, defaults to `268435456`):
+        logits_memory_bytes (`int`, *optional*):
             Bytes that tensors with a row of V entries for each token may take together at one moment; at least those
-            of one token. Changes speed and memory, and results only by rounding.
+            of one token. Changes speed and memory, and results only by rounding. By default what
+            [`~trl_grpo_ext.kl.fused.chunks.default_logits_bytes`] says: 256 MiB on a CPU, 2,048 tokens on a GPU.
 
     Returns:
         [`~trl_grpo_ext.kl.fused.plain.TokenStats`]: four tensors of shape `(M,)`, in float32 (in float64 for float64
         `hidden`).
 
     Raises:
-        ValueError: a shape does not fit, a number that must be positive is not, or the direction is unknown.
+        ValueError: a shape does not fit, a number that must be positive is not, or the direction is unknown; or the
+            environment variable `TRL_GRPO_EXT_TRITON` is neither 0 nor 1.
+        RuntimeError: a Triton kernel cannot be compiled on this GPU.
     """
     return fused_token_stats_for_loss(
         hidden,
@@ -241,7 +263,7 @@ def fused_token_stats_for_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     direction: str = "reverse",
-    logits_memory_bytes: int = LOGITS_MEMORY_BYTES,
+    logits_memory_bytes: int | None = None,
     predicted_gradient: PredictedGradient | None = None,
     second_pass: SecondPassCount | None = None,
     gather_head: GatherHead = _already_gathered,
@@ -265,19 +287,20 @@ def fused_token_stats_for_loss(
         [`~trl_grpo_ext.kl.fused.plain.TokenStats`]: as [`fused_token_stats`].
 
     Raises:
-        ValueError: as [`fused_token_stats`].
+        ValueError, RuntimeError: as [`fused_token_stats`].
     """
     _check_shapes(hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias)
     _check_positive(temperature=temperature, softcap=softcap, logits_memory_bytes=logits_memory_bytes)
-    head = HeadOptions(temperature, logit_scale, softcap, matmul_dtype(hidden), logits_memory_bytes)
+    dtype = matmul_dtype(hidden)
+    operations = row_operations(hidden.device, dtype, find_divergence(direction))
+    memory = _logits_memory(logits_memory_bytes, weight, dtype, operations)
+    head = HeadOptions(temperature, logit_scale, softcap, dtype, memory)
     if not torch.is_grad_enabled():
         # The function would prepare gradients for every input that requires one
         hidden = hidden.detach()
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
-    options = _Options(
-        head, find_divergence(direction), predicted_gradient, second_pass or SecondPassCount(), gather_head
-    )
+    options = _Options(head, operations, predicted_gradient, second_pass or SecondPassCount(), gather_head)
     reference = (None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
     with torch.autocast(hidden.device.type, enabled=False):
         return TokenStats(*_FusedTokenStats.apply(hidden, weight, bias, *reference, targets, options))
