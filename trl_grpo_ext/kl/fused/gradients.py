@@ -30,12 +30,14 @@ class GradientSums(NamedTuple):
     """
     Gradients of the loss with respect to the policy's hidden states, head and bias; `None` for one that is not wanted.
 
-    Summed over chunks in place, in float32 or better.
+    Summed over chunks in place, in float32 or better. Where there is a `factor`, a scalar, all are still to be
+    multiplied by it.
     """
 
     hidden_MH: torch.Tensor | None
     weight_VH: torch.Tensor | None
     bias_V: torch.Tensor | None
+    factor: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, policy: HeadModel, wanted: Sequence[bool]) -> "GradientSums":
@@ -53,6 +55,26 @@ class GradientSums(NamedTuple):
         """Add what a block's gradient with respect to the product means for the bias."""
         if self.bias_V is not None:
             self.bias_V.add_(product_gradient.sum(0, dtype=self.bias_V.dtype))
+
+    def multiplied_(self) -> "GradientSums":
+        """The same with the factor multiplied in, so that others can be added."""
+        if self.factor is None:
+            return self
+        for x in self[:3]:
+            if x is not None:
+                x.mul_(self.factor)
+        return self._replace(factor=None)
+
+    def results_(self, parameters: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients in the dtypes of hidden states, head and bias."""
+        pairs = zip(self[:3], parameters, strict=True)
+        return [None if x is None or p is None else self._result_(x, p.dtype) for x, p in pairs]
+
+    def _result_(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.factor is None:
+            return x.to(dtype)
+        # A head's gradient is large: one pass multiplies and rounds it
+        return torch.mul(x, self.factor, out=x if x.dtype == dtype else torch.empty_like(x, dtype=dtype))
 
     def add_chunk(self, policy: HeadModel, tokens: slice, product_gradient: torch.Tensor) -> None:
         """Add what a chunk's gradient with respect to the product means for hidden states and head."""
@@ -93,6 +115,11 @@ class Remainder(NamedTuple):
 
     tokens: torch.Tensor | None
     loss: LossGradients
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left."""
+        return all(g is None for g in self.loss) or (self.tokens is not None and len(self.tokens) == 0)
 
 
 class Preparation(Protocol):
@@ -197,13 +224,11 @@ def add_second_pass(
         `int`: number of tokens whose logits were computed again.
     """
     tokens, loss = remainder
-    if all(g is None for g in loss):
+    if remainder.is_empty:
         return 0
     if tokens is None:
         _add_all_tokens(sums, policy, reference, operations, targets, statistics_M9, loss)
         return len(targets)
-    if len(tokens) == 0:
-        return 0
     own_policy = policy._replace(hidden_MH=policy.hidden_MH[tokens])
     own_reference = reference._replace(hidden_MH=reference.hidden_MH[tokens])
     own_sums = sums

@@ -103,11 +103,8 @@ class AppliedPrediction:
         difference_M2 = arrived_M2 - factor * self.predicted_M2
         as_predicted_M2 = (difference_M2.abs() <= self.tolerance * arrived_M2.abs()) & arrived_M2.isfinite()
         differs_M = ~as_predicted_M2.all(-1) | (g_entropy != 0).squeeze(-1)
-        for x in sums:
-            if x is not None:
-                x.mul_(factor)
         remaining_loss = LossGradients(difference_M2[:, :1], loss.entropy, difference_M2[:, 1:])
-        return sums, Remainder(differs_M.nonzero().squeeze(-1), remaining_loss)
+        return sums._replace(factor=factor), Remainder(differs_M.nonzero().squeeze(-1), remaining_loss)
 
 
 def _common_factor(predicted_M1: torch.Tensor, arrived_M1: torch.Tensor) -> torch.Tensor:

@@ -110,12 +110,13 @@ class _FusedTokenStats(torch.autograd.Function):
         with no_autocast, options.gather_head(*parameters[1:3]):
             policy, reference = head_models(parameters, options.head)
             sums, remainder = ctx.preparation.gradients(policy, loss, ctx.needs_input_grad[:3])
+            if not remainder.is_empty:
+                sums = sums.multiplied_()
             second_pass_tokens = add_second_pass(
                 sums, policy, reference, options.operations, targets_M1, statistics_M9, remainder
             )
         options.second_pass.add(second_pass_tokens, len(targets_M1))
-        results = (None if x is None else x.to(p.dtype) for x, p in zip(sums, parameters[:3], strict=True))
-        return *results, *(None,) * 5
+        return *sums.results_(parameters[:3]), *(None,) * 5
 
 
 def _check_shapes(hidden, weight, targets, ref_hidden, ref_weight, bias, ref_bias) -> None:
