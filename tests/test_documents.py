@@ -16,6 +16,7 @@ from tests.support.hub_folders import missing_packages, save_hub_folder
 from tests.support.training import FixedCompletions, RecordingExtTrainer
 from trl_grpo_ext import ESTIMATORS, GRPOExtConfig, GRPOExtTrainer, ProcessRewardModel
 from trl_grpo_ext.advantages.combine import process_advantages
+from trl_grpo_ext.advantages.settings import AdvantageSettings
 
 
 # In one process with the other tests of real tokenizers, which take seconds to load
@@ -244,10 +245,7 @@ def advantages_of(setting: str, values: list[list[float]]) -> torch.Tensor:
         ~rewards_KNT[0].isnan(),
         torch.ones(1, dtype=torch.float64),
         2,
-        estimator=quoted[0],
-        gamma=0.5,
-        options=options,
-        scale="none",
+        AdvantageSettings(estimator=quoted[0], gamma=0.5, options=options, scale="none"),
     )
 
 

@@ -26,13 +26,17 @@ from .distributed import gather, local_rows, total
 from .kl.trainer import KLTrainer
 from .loss import loss_mask
 from .metrics import (
+    RewardStats,
+    TurnStats,
     as_numbers,
     completion_means,
     outcome_correlations,
     positive_counts,
+    reward_stats,
     step_metrics,
     step_shares,
     turn_metrics,
+    turn_stats,
     turn_sums,
     unjudged_shares,
     withheld_shares,
@@ -47,7 +51,7 @@ from .rewards.arguments import (
     list_sources,
 )
 from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
-from .rewards.scored_batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
+from .rewards.scored_batch import ScoredBatch, count_steps, outcome_rewards, share_of, token_rewards
 from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
 from .rewards.step_warnings import StepWarnings
 from .rewards.types import plain
@@ -321,25 +325,41 @@ class GRPOExtTrainer(CreditTrainer):
                     logger.warning(warning)
 
     def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
-        """What all processes' completions earn, from the rewards that TRL has just collected."""
+        """What completions earn, from the rewards that TRL has just collected."""
         assert self._scored is not None
         sources, scores_NK, withheld_NK, *_ = self._scored
+        group_size = cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval)
+        needed = len(scores_NK) if self._needs_whole_batch else group_size
         if self.args.supervision == "process":
-            rewards_KNT, mask_NT, masked_K = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
+            rewards = token_rewards(self.accelerator, sources, scores_NK, mask_BT, needed)
         else:
-            rewards_KNT, mask_NT, masked_K = gather_outcomes(scores_NK)
+            rewards = outcome_rewards(scores_NK)
+        own_rows, share = share_of(self.accelerator, rewards.rows, len(scores_NK), needed)
         counts_K = count_steps(self.accelerator, sources)
-        self._warn_of_steps(sources, counts_K, len(mask_NT))
+        self._warn_of_steps(sources, counts_K, len(scores_NK))
         return ScoredBatch(
             names=self.reward_func_names,
-            rewards_KNT=rewards_KNT,
-            withheld_NK=withheld_NK,
-            mask_NT=mask_NT,
+            rewards_KNT=rewards.rewards_KNT,
+            withheld_NK=withheld_NK[rewards.rows.start : rewards.rows.stop],
+            mask_NT=rewards.mask_NT,
             steps_K=[counts.steps for counts in counts_K],
             unscored_K=[counts.unscored for counts in counts_K],
-            masked_K=masked_K,
-            group_size=cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval),
+            masked_K=rewards.masked_K,
+            group_size=group_size,
+            own_rows=own_rows,
+            share=share,
         )
+
+    @property
+    def _needs_whole_batch(self) -> bool:
+        """Whether each process needs the completions of all processes: what is not ours may compare any of them."""
+        of_subclass = (
+            type(self).compute_advantages is not GRPOExtTrainer.compute_advantages
+            or type(self).reward_metrics is not GRPOExtTrainer.reward_metrics
+        )
+        # Under outcome supervision all of them are one column
+        is_outcome = self.args.supervision == "outcome"
+        return is_outcome or of_subclass or self._credit_is_due or not self.args.advantage_settings.row.compares
 
     def reward_metrics(self, batch: ScoredBatch) -> dict[str, float]:
         """
@@ -363,19 +383,22 @@ class GRPOExtTrainer(CreditTrainer):
         Returns:
             `dict[str, float]`: a metric that is NaN is left out of the log.
         """
+        stats = RewardStats(*[batch.share.of_all(one) for one in reward_stats(batch.rewards_KNT, batch.mask_NT)])
+        unjudged_NK = stats.count_NK == 0
         metrics = step_shares("unscored", batch.names, batch.unscored_K, batch.steps_K)
-        metrics |= unjudged_shares(batch.names, batch.unjudged_NK)
+        metrics |= unjudged_shares(batch.names, unjudged_NK)
         if self.args.outcome_gate:
-            metrics |= withheld_shares(batch.names, batch.unjudged_NK, batch.withheld_NK)
+            metrics |= withheld_shares(batch.names, unjudged_NK, batch.share.of_all(batch.withheld_NK))
         if self.args.supervision == "process":
             metrics |= step_shares("masked", batch.names, batch.masked_K, batch.steps_K)
             has_steps_K = [steps > 0 for steps in batch.steps_K]
             # Of an outcome source TRL logs mean and std, and the number of its steps is always 1
-            metrics |= step_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
+            metrics |= step_metrics(batch.names, stats, has_steps_K)
             # In every batch with tools, called or not: the log is a mean over batches
             if self._tool_mask is not None:
-                metrics |= turn_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
-            metrics |= outcome_correlations(batch.names, batch.rewards_KNT, has_steps_K, batch.group_size)
+                turns = TurnStats(*[batch.share.of_all(one) for one in turn_stats(batch.rewards_KNT, batch.mask_NT)])
+                metrics |= turn_metrics(batch.names, turns, has_steps_K)
+            metrics |= outcome_correlations(batch.names, stats.scores_KN, has_steps_K, batch.group_size)
         return metrics
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -403,28 +426,15 @@ class GRPOExtTrainer(CreditTrainer):
         """
         rewards_KNT = batch.counted_KNT
         return process_advantages(
-            # Apple's GPUs have no float64
-            rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
+            rewards_KNT,
             batch.mask_NT,
             self.reward_weights.to(rewards_KNT.device),
             batch.group_size,
-            **self._advantage_settings,
+            self.args.advantage_settings,
+            share=batch.share,
+            # Apple's GPUs have no float64
+            dtype=torch.float32 if rewards_KNT.device.type == "mps" else torch.float64,
         )
-
-    @property
-    def _advantage_settings(self) -> dict[str, Any]:
-        """Keywords of [`~trl_grpo_ext.advantages.combine.process_advantages`]."""
-        is_process = self.args.supervision == "process"
-        return {
-            # Outcome supervision is process supervision of completions of one token, where `position` is TRL's formula
-            "estimator": self.args.advantage_estimator if is_process else "position",
-            "gamma": self.args.gamma if is_process else 1.0,
-            "gamma_unit": self.args.gamma_unit,
-            "options": self.args.estimator_options if is_process else None,
-            "aggregation": self.multi_objective_aggregation,
-            "scale": self.scale_rewards,
-            "eps": self.args.advantage_eps,
-        }
 
     @property
     def _keeps_trl_advantages(self) -> bool:
@@ -482,7 +492,7 @@ class GRPOExtTrainer(CreditTrainer):
         name = f"{type(self).__name__}.compute_advantages"
         check_values(name, advantages_NT, torch.ones_like(batch.mask_NT, dtype=torch.bool))
         # Other processes may have longer completions
-        advantages_BT = local_rows(self.accelerator, advantages_NT)[:, : mask_BT.size(1)].float()
+        advantages_BT = advantages_NT[batch.own_rows, : mask_BT.size(1)].float()
         output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
 
     def _record_scored(self, output: dict[str, Any], batch: ScoredBatch) -> None:
@@ -491,7 +501,7 @@ class GRPOExtTrainer(CreditTrainer):
         returned_KB = local_rows(self.accelerator, returned_NK).T
         scores_KB = local_rows(self.accelerator, scores_NK).T
         judgements_KB = [judgements_of(*judged) for judged in zip(sources, returned_KB, scores_KB, strict=True)]
-        self._record_batch(output, batch, completion_ids, judgements_KB, self._advantage_settings)
+        self._record_batch(output, batch, completion_ids, judgements_KB)
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
         """Log the advantages that are trained on; in the completions table, each completion's mean."""
