@@ -25,13 +25,14 @@ Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `
 
 | suffix | axis |
 |---|---|
-| `N` | completions over all processes, in TRL's gathered order |
+| `N` | completions over all processes, in TRL's gathered order, or those of some groups |
 | `B` | completions of this process |
 | `G` | completions of one prompt's group |
 | `P` | prompts |
 | `K` | reward sources |
 | `T` | completion tokens, padded |
 | `S` | steps of a completion, padded |
+| `U` | turns of a completion, as many as have metrics |
 | `M` | tokens of any completions, one after the other, without padding |
 | `L` | tokens of a whole padded input, prompt and completion |
 | `R` | score positions of a batch |
