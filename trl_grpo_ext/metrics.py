@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .advantages.combine import row_blocks
 from .advantages.normalization import Moments, merged, weighted_moments
 from .rewards.turns import turn_indices
 
@@ -94,9 +95,13 @@ def reward_stats(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> RewardStat
         mask_NT (`torch.Tensor` of shape `(N, T)`):
             Loss mask.
     """
-    tokens_so_far_NT = mask_NT.cumsum(1, dtype=torch.int32)
+    parts = [_stats_of_rows(rewards_KNT[:, rows], mask_NT[rows]) for rows in row_blocks(mask_NT.shape)]
+    return RewardStats(*[torch.cat(one) for one in zip(*parts, strict=True)])
+
+
+def _stats_of_rows(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> RewardStats:
+    tokens_so_far_NT = mask_NT.cumsum(1)
     of_sources = []
-    # Source by source: what lies in between is of one source
     for rewards_NT in rewards_KNT:
         given_NT = ~rewards_NT.isnan()
         moments = weighted_moments(rewards_NT, given_NT.to(rewards_NT.dtype), (1,))
@@ -107,6 +112,11 @@ def reward_stats(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> RewardStat
 
 def turn_stats(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> TurnStats:
     """The turns of each completion, and what each source gives to the first of them; as for [`reward_stats`]."""
+    parts = [_turns_of_rows(rewards_KNT[:, rows], mask_NT[rows]) for rows in row_blocks(mask_NT.shape)]
+    return TurnStats(*[torch.cat(one) for one in zip(*parts, strict=True)])
+
+
+def _turns_of_rows(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> TurnStats:
     turns_NT = turn_indices(mask_NT)
     sums = []
     for rewards_NT in rewards_KNT:

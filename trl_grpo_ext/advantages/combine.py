@@ -18,7 +18,7 @@ from .settings import AdvantageSettings
 from .sources import PackedSources, Sources, make_sources
 
 
-# Tokens of a block of groups, if a single group does not have more: as many as a processor's cache holds
+# Tokens of a block, if a single group does not have more: as many as a processor's cache holds
 _BLOCK_TOKENS = 2**18
 
 
@@ -143,6 +143,13 @@ def check_values(name: str, values_NT: Any, counted_NT: torch.Tensor) -> None:
 # Blocks
 
 
+def row_blocks(shape: Sequence[int], group_size: int = 1) -> list[slice]:
+    """The rows of blocks of whole groups of a tensor `(N, T)`, each as large as a processor's cache holds."""
+    count, length = shape
+    size = group_size * max(1, _BLOCK_TOKENS // (group_size * max(1, length)))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class _Blocks(NamedTuple):
     """The completions in blocks of whole groups, packed and without sources of weight 0; or all of them in one."""
 
@@ -154,10 +161,8 @@ class _Blocks(NamedTuple):
     @property
     def rows(self) -> list[slice]:
         """The rows of each block."""
-        count, length = self.sources.mask_NT.shape
-        of_group = self.sources.group_size
-        size = of_group * max(1, _BLOCK_TOKENS // (of_group * max(1, length))) if self.by_group else count
-        return [slice(start, start + size) for start in range(0, count, size)]
+        shape = self.sources.mask_NT.shape
+        return row_blocks(shape, self.sources.group_size) if self.by_group else [slice(0, shape[0])]
 
     def packed(self) -> Iterator[tuple[slice, PackedSources, torch.Tensor]]:
         """The rows of each block, the block, and which of its completions no other process adds to statistics."""
