@@ -94,7 +94,8 @@ def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int
     values = values.where(weights > 0, 0.0)
     count = weights.sum(dim, keepdim=True)
     mean = (weights * values).sum(dim, keepdim=True) / _at_least_tiny(count)
-    squares = (weights * (values - mean) ** 2).sum(dim, keepdim=True)
+    # In place: of a large group each of these tensors counts
+    squares = (values - mean).square_().mul_(weights).sum(dim, keepdim=True)
     return Moments(count, mean, squares, values.abs().amax(dim, keepdim=True))
 
 
