@@ -159,18 +159,21 @@ class GRPOExtTrainer(RewardsTrainer):
 
     @property
     def _needs_whole_batch(self) -> bool:
-        """Whether each process needs the completions of all processes: what is not ours may compare any of them."""
+        """Whether each process needs the completions of all processes, rather than those of its own groups."""
+        # What is not ours may compare any completions with each other
         of_subclass = (
             type(self).compute_advantages is not GRPOExtTrainer.compute_advantages
             or type(self).reward_metrics is not GRPOExtTrainer.reward_metrics
         )
         # Under outcome supervision all of them are one column
         is_outcome = self.args.supervision == "outcome"
-        return is_outcome or of_subclass or self._credit_is_due or not self.args.advantage_settings.row.compares
+        of_estimator = not self.args.advantage_settings.row.compares
+        # The main process records groups that may lie in others
+        return is_outcome or of_subclass or of_estimator or self._credit_is_due
 
     def compute_advantages(self, batch: ScoredBatch) -> torch.Tensor:
         """
-        Advantages of all processes' completions, computed alike on every process.
+        Advantages of the batch's completions, of which this process trains on its own.
 
         A subclass may override it:
 
@@ -182,11 +185,13 @@ class GRPOExtTrainer(RewardsTrainer):
 
         Args:
             batch ([`~trl_grpo_ext.ScoredBatch`]):
-                The completions of all processes and their rewards. `batch.counted_KNT` holds the rewards that count.
+                Completions and their rewards: those of all processes, the same on every process, if this method or
+                [`~GRPOExtTrainer.reward_metrics`] is overridden. Otherwise they may be those of this process's groups
+                alone. `batch.counted_KNT` holds the rewards that count.
 
         Returns:
-            `torch.Tensor` of shape `(N, T)`: advantages, 0 outside the loss mask; T is 1 under outcome supervision,
-            where a completion has one advantage.
+            `torch.Tensor` of shape `(N, T)`: advantages of all of these completions, 0 outside the loss mask; T is 1
+            under outcome supervision, where a completion has one advantage.
         """
         rewards_KNT = batch.counted_KNT
         return process_advantages(

@@ -20,6 +20,7 @@ from tests.advantages.batches import (
     outcome,
 )
 from tests.support import oracles
+from trl_grpo_ext.advantages.comparisons import Compared
 from trl_grpo_ext.advantages.estimators import ESTIMATORS, Estimator
 
 
@@ -387,6 +388,23 @@ def test_what_an_estimator_of_ones_own_returns_is_checked(returned, error, messa
     options = {"estimator": Estimator(function, normalizes=normalizes), "gamma": 0.9}
     with pytest.raises(error, match=message):
         computed(rewards, torch.ones(4, 6), torch.ones(1), 2, **options)
+
+
+def deviations_by_position(inputs):
+    counted_NT = inputs.judged_N[:, None].expand_as(inputs.mask_NT).double()
+    return Compared(*(values.unflatten(0, (-1, inputs.group_size)) for values in (inputs.values_NT, counted_NT)), (1,))
+
+
+@every_order
+@every_scale
+def test_a_row_that_says_what_it_compares_is_normalised_by_the_scale(scale, order):
+    batch = Batch(seed=7, sources=2, groups=3, group_size=4, length=6)
+    options = batch.options("position-all", scale, order)
+    row = Estimator(deviations_by_position, compares=True)
+    assert np.array_equal(batch.run(options | {"estimator": row}), batch.run(options))
+    row = Estimator(times, compares=True)
+    with pytest.raises(TypeError, match="function returned a Tensor; with compares=True it has to return a Compared"):
+        batch.run(options | {"estimator": row})
 
 
 def times(inputs, *, factor=1.0, sign="plus"):

@@ -235,7 +235,8 @@ class RewardsTrainer(CreditTrainer):
 
         Args:
             batch ([`~trl_grpo_ext.ScoredBatch`]):
-                The completions of all processes and their rewards, the same on every process.
+                Completions and their rewards: those of all processes, the same on every process, if this method or
+                [`~trl_grpo_ext.GRPOExtTrainer.compute_advantages`] is overridden.
 
         Returns:
             `dict[str, float]`: a metric that is NaN is left out of the log.
