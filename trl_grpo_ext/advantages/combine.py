@@ -92,12 +92,15 @@ def process_advantages(
     if not gammas:
         return advantages_NT
     row = settings.row
-    blocks = _Blocks(sources, advantages_NT.dtype, share, by_group=row.compares)
+    # A completion that has ended counts at each later token of the batch
+    compares_batch = settings.std_scale == "batch"
+    length = mask_NT.size(1) if compares_batch else None
+    blocks = _Blocks(sources, advantages_NT.dtype, share, by_group=row.compares, length=length)
     if settings.aggregation == "normalize_then_sum":
         return _sum_of_advantages(blocks, row, settings.eps, advantages_NT)
     _check_one_gamma(gammas, row, settings.estimator)
     batch = None
-    if row.compares and settings.scale == "batch":
+    if row.compares and compares_batch:
         batch = blocks.joined(
             [_moments_of_sum(block, row, own_N, mask_NT.size(1)) for _, block, own_N in blocks.packed()]
         )
@@ -157,6 +160,8 @@ class _Blocks(NamedTuple):
     dtype: torch.dtype
     share: Share
     by_group: bool
+    # Columns of a block, if not those of its longest completion
+    length: int | None
 
     @property
     def rows(self) -> list[slice]:
@@ -169,7 +174,7 @@ class _Blocks(NamedTuple):
         own_N = torch.zeros_like(self.sources.mask_NT[:, 0])
         own_N[self.share.own] = True
         for rows in self.rows:
-            yield rows, self.sources.rows(rows).without_weight_0().packed(self.dtype), own_N[rows]
+            yield rows, self.sources.rows(rows).without_weight_0().packed(self.dtype, self.length), own_N[rows]
 
     def joined(self, parts: Sequence[Moments]) -> Moments:
         """The moments of the whole batch, from those of this process's blocks."""

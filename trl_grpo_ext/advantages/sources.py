@@ -46,10 +46,18 @@ class Sources(NamedTuple):
             gammas=[self.gammas[k] for k in kept],
         )
 
-    def packed(self, dtype: torch.dtype) -> "PackedSources":
-        """The same with the loss tokens first in each row, NaN on all other tokens, and no column without any."""
+    def packed(self, dtype: torch.dtype, length: int | None = None) -> "PackedSources":
+        """
+        The same with the loss tokens first in each row, and NaN on all other tokens.
+
+        Args:
+            dtype (`torch.dtype`):
+                Of the rewards.
+            length (`int`, *optional*):
+                The number of columns; by default the longest completion's number of loss tokens.
+        """
         mask_NT = self.mask_NT
-        longest = max(1, int(mask_NT.sum(1).max()))
+        longest = max(1, int(mask_NT.sum(1).max())) if length is None else length
         turn_ends_NT = turn_ends(mask_NT) if self.gamma_unit == "turn" else None
         rewards_KNT = self.rewards_KNT
         order_NT = None
@@ -75,7 +83,7 @@ class Sources(NamedTuple):
 
 
 class PackedSources(NamedTuple):
-    """[`Sources`] whose completions' loss tokens come first, up to the longest completion."""
+    """[`Sources`] whose completions' loss tokens come first."""
 
     rewards_KNT: torch.Tensor
     mask_NT: torch.Tensor
