@@ -5,8 +5,8 @@ Advantages are computed in blocks of groups, so that what a formula holds in bet
 is divided by a standard deviation over the batch takes two passes over the blocks: one for the moments, one to divide.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ def process_advantages(
     batch = None
     if row.compares and compares_batch:
         batch = blocks.joined(
-            [_moments_of_sum(block, row, own_N, mask_NT.size(1)) for _, block, own_N in blocks.packed()]
+            _moments_of_sum(block, row, own_N, mask_NT.size(1)) for _, block, own_N in blocks.packed()
         )
     for rows, block, _ in blocks.packed():
         packed_NT = _advantages_of_sum(block, row, scale=settings.scale, eps=settings.eps, batch=batch)
@@ -176,9 +176,10 @@ class _Blocks(NamedTuple):
         for rows in self.rows:
             yield rows, self.sources.rows(rows).without_weight_0().packed(self.dtype, self.length), own_N[rows]
 
-    def joined(self, parts: Sequence[Moments]) -> Moments:
+    def joined(self, parts: Iterable[Moments]) -> Moments:
         """The moments of the whole batch, from those of this process's blocks."""
-        own = merged(Moments(*[torch.cat(one) for one in zip(*parts, strict=True)]))
+        # Two at a time: there may be one for each token
+        own = reduce(lambda *two: merged(Moments(*[torch.cat(one) for one in zip(*two, strict=True)])), parts)
         return merged(Moments(*self.share.gather(torch.stack(own, 1)).unbind(1)))
 
 
