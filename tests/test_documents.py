@@ -168,7 +168,7 @@ COMMANDS = {
     r"python recipes/two_turns/plot.py FILE comparison.svg": "tests/recipes/test_calculator.py",
     r"python recipes/grpo.py .*": "tests/recipes/test_grpo.py",
     r"accelerate launch .* recipes/grpo.py .*": "tests/recipes/test_large_models.py",
-    r"python recipes/bench/(exact_kl|plot|step|credit_report|server_outage).py.*": "tests/recipes/test_bench.py",
+    r"python recipes/bench/(advantages|exact_kl|plot|step|credit_report|server_outage).py.*": "tests/recipes/test_bench.py",
     r"python recipes/bench/(seven_billion|memory).py.*": "tests/recipes/test_large_models.py",
     r"python recipes/bench/(plot_)?credit_bias.py": "tests/recipes/test_credit_bias.py",
     r"python -m tests.support.smollm2 \S+": "tests/recipes/test_grpo.py",
