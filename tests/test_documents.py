@@ -16,6 +16,7 @@ from tests.support.hub_folders import missing_packages, save_hub_folder
 from tests.support.training import FixedCompletions, RecordingExtTrainer
 from trl_grpo_ext import ESTIMATORS, GRPOExtConfig, GRPOExtTrainer, ProcessRewardModel
 from trl_grpo_ext.advantages.combine import process_advantages
+from trl_grpo_ext.advantages.settings import AdvantageSettings
 
 
 # In one process with the other tests of real tokenizers, which take seconds to load
@@ -167,8 +168,8 @@ COMMANDS = {
     r"python recipes/two_turns/plot.py FILE comparison.svg": "tests/recipes/test_calculator.py",
     r"python recipes/grpo.py .*": "tests/recipes/test_grpo.py",
     r"accelerate launch .* recipes/grpo.py .*": "tests/recipes/test_large_models.py",
-    r"python recipes/bench/exact_kl(_gpu_cost)?.py.*": "tests/recipes/test_bench.py",
-    r"python recipes/bench/(plot|step|credit_report|server_outage).py.*": "tests/recipes/test_bench.py",
+    r"python recipes/bench/(advantages|exact_kl|exact_kl_gpu_cost|plot|step).py.*": "tests/recipes/test_bench.py",
+    r"python recipes/bench/(credit_report|server_outage).py.*": "tests/recipes/test_bench.py",
     r"python recipes/bench/(seven_billion|memory).py.*": "tests/recipes/test_large_models.py",
     r"python recipes/bench/(plot_)?credit_bias.py": "tests/recipes/test_credit_bias.py",
     r"python -m tests.support.smollm2 \S+": "tests/recipes/test_grpo.py",
@@ -245,10 +246,7 @@ def advantages_of(setting: str, values: list[list[float]]) -> torch.Tensor:
         ~rewards_KNT[0].isnan(),
         torch.ones(1, dtype=torch.float64),
         2,
-        estimator=quoted[0],
-        gamma=0.5,
-        options=options,
-        scale="none",
+        AdvantageSettings(estimator=quoted[0], gamma=0.5, options=options, scale="none"),
     )
 
 

@@ -19,9 +19,12 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 # Formulas that can be read and tested without TRL
 PURE = [
     "advantages/combine.py",
+    "advantages/comparisons.py",
     "advantages/estimators.py",
     "advantages/normalization.py",
     "advantages/returns.py",
+    "advantages/settings.py",
+    "advantages/sources.py",
     "kl/divergences.py",
     "kl/estimates.py",
     "kl/fused/chunks.py",

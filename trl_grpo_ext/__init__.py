@@ -17,21 +17,22 @@ The folders, one for each promise:
 | `credit` | what each token earned and why, in files and in a report |
 
 The trainer is a chain of subclasses, each in a file of its own: `KLTrainer` (`kl/trainer.py`), `CheckpointedTrainer`
-(`checkpoints/trainer.py`), `ModelCardTrainer` (`model_card.py`), `CreditTrainer` (`credit/trainer.py`), and last
-`GRPOExtTrainer` (`trainer.py`), where rewards become advantages. `config.py` holds the settings, `loss.py` what
-mirrors TRL's loss, and `_trl.py` everything that is used of TRL.
+(`checkpoints/trainer.py`), `ModelCardTrainer` (`model_card.py`), `CreditTrainer` (`credit/trainer.py`),
+`RewardsTrainer` (`rewards/trainer.py`), and last `GRPOExtTrainer` (`trainer.py`), where rewards become advantages.
+`config.py` holds the settings, `loss.py` what mirrors TRL's loss, and `_trl.py` everything that is used of TRL.
 
 Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `(K, N, T)`):
 
 | suffix | axis |
 |---|---|
-| `N` | completions over all processes, in TRL's gathered order |
+| `N` | completions over all processes, in TRL's gathered order, or those of some groups |
 | `B` | completions of this process |
 | `G` | completions of one prompt's group |
 | `P` | prompts |
 | `K` | reward sources |
 | `T` | completion tokens, padded |
 | `S` | steps of a completion, padded |
+| `U` | turns of a completion, as many as have metrics |
 | `M` | tokens of any completions, one after the other, without padding |
 | `L` | tokens of a whole padded input, prompt and completion |
 | `R` | score positions of a batch |

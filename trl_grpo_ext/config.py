@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from ._trl import ADVANTAGE_EPS, GRPOConfig
-from .advantages.combine import GAMMA_UNITS
 from .advantages.estimators import ESTIMATORS, estimator_name, find_estimator
+from .advantages.settings import GAMMA_UNITS, AdvantageSettings
 from .kl.divergences import DIVERGENCES, Divergence
 from .loss import LOSS_REDUCTIONS
 from .rewards.transforms import parse_transform
@@ -44,7 +44,7 @@ class GRPOExtConfig(GRPOConfig):
             group, then returns; DeepSeekMath, arXiv 2402.03300 section 4.1.3), `"step"` (the k-th steps of the group
             normalised together, then returns) or `"min"` (soft minimum over the steps, leave-one-out baseline; PURE,
             arXiv 2504.15275). `"module:name"` is the import path of an [`~trl_grpo_ext.Estimator`], or of a function
-            that maps [`~trl_grpo_ext.advantages.estimators.EstimatorInputs`] with returns to advantages. Such a
+            that maps [`~trl_grpo_ext.advantages.comparisons.EstimatorInputs`] with returns to advantages. Such a
             function itself is taken too, and becomes its import path.
         position_baseline (`str`, *optional*, defaults to `"all"`):
             With `"position"`, at indices where some completions of the group have ended: `"all"` counts these as
@@ -257,6 +257,21 @@ class GRPOExtConfig(GRPOConfig):
                     f"{type(self).__name__} has no such field. Add one in a subclass."
                 )
         return {name: values[name] for name in names}
+
+    @property
+    def advantage_settings(self) -> AdvantageSettings:
+        """How advantages are made of rewards."""
+        is_process = self.supervision == "process"
+        return AdvantageSettings(
+            # Outcome supervision is process supervision of completions of one token, where `position` is TRL's formula
+            estimator=self.advantage_estimator if is_process else "position",
+            gamma=cast(float | list[float], self.gamma) if is_process else 1.0,
+            gamma_unit=self.gamma_unit,
+            options=self.estimator_options if is_process else {},
+            aggregation=self.multi_objective_aggregation,
+            scale=cast(str, self.scale_rewards),
+            eps=self.advantage_eps,
+        )
 
     def check_sources(self, names: Sequence[str]) -> None:
         """Raise `ValueError` if a field with an entry per reward source does not fit the sources."""

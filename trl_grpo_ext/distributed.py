@@ -11,6 +11,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ._trl import SyncRefModelCallback, maybe_gather_lm_head_ctx
 
 
+# Of the rows of all processes that are there at a time
+_GATHERED_BYTES = 2**25
+
+
 def is_main_process() -> bool:
     """Whether this is the process that speaks for all, also where no accelerator has been made."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -21,10 +25,53 @@ def gather(accelerator: Accelerator, values_B: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, accelerator.gather(values_B))
 
 
-def gather_tokens(accelerator: Accelerator, values: torch.Tensor, padding: int | float) -> torch.Tensor:
-    """Gather `(B, ..., T)` of all processes along the first axis, the last one padded to the longest T."""
-    padded = accelerator.pad_across_processes(values, dim=values.ndim - 1, pad_index=padding)  # type: ignore[arg-type]
-    return gather(accelerator, cast(torch.Tensor, padded))
+def gather_groups(accelerator: Accelerator, values_B: torch.Tensor, padding: float, group_size: int) -> torch.Tensor:
+    """
+    The rows of those groups that this process has a part of, the last axis padded to the longest of all processes.
+
+    Where no group lies in two processes, nothing is sent. Otherwise a few rows of all processes are there at a time.
+
+    Args:
+        accelerator (`Accelerator`):
+            To gather with.
+        values_B (`torch.Tensor` of shape `(B, ..., T)`):
+            This process's rows.
+        padding (`float`):
+            Of the last axis.
+        group_size (`int`):
+            Rows of a group, consecutive in the batch of all processes.
+    """
+    padded_B = cast(
+        torch.Tensor,
+        accelerator.pad_across_processes(values_B, dim=values_B.ndim - 1, pad_index=padding),  # type: ignore[arg-type]
+    )
+    own = own_rows(accelerator, len(values_B))
+    wanted = group_rows(own, group_size)
+    if len(values_B) % group_size == 0:
+        return padded_B
+    found = padded_B.new_empty((len(wanted), *padded_B.shape[1:]))
+    row_bytes = padded_B[0].numel() * padded_B.element_size() * accelerator.num_processes
+    rows_at_once = max(1, _GATHERED_BYTES // max(1, row_bytes))
+    for start in range(0, len(own), rows_at_once):
+        parts = gather(accelerator, padded_B[start : start + rows_at_once]).chunk(accelerator.num_processes)
+        for process, part in enumerate(parts):
+            first = process * len(own) + start
+            shared = range(max(first, wanted.start), min(first + len(part), wanted.stop))
+            if shared:
+                found[shared.start - wanted.start : shared.stop - wanted.start] = part[
+                    shared.start - first : shared.stop - first
+                ]
+    return found
+
+
+def own_rows(accelerator: Accelerator, count: int) -> range:
+    """The numbers of this process's rows in the batch of all processes, which have equally many."""
+    return range(accelerator.process_index * count, (accelerator.process_index + 1) * count)
+
+
+def group_rows(own: range, group_size: int) -> range:
+    """The numbers of the rows of all groups that some rows lie in."""
+    return range(own.start - own.start % group_size, own.stop + -own.stop % group_size)
 
 
 def local_rows(accelerator: Accelerator, values_N: torch.Tensor) -> torch.Tensor:

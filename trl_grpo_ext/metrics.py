@@ -1,10 +1,17 @@
-"""What is logged about rewards and advantages, from the tensors that were trained on."""
+"""
+What is logged about rewards and advantages, from the tensors that were trained on.
+
+Of rewards, each completion has a few numbers, from which the metrics of a batch follow: a process has to know no more
+of the completions of others.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .advantages.combine import row_blocks
+from .advantages.normalization import Moments, merged, weighted_moments
 from .rewards.turns import turn_indices
 
 
@@ -31,9 +38,99 @@ def as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def step_metrics(
-    names: Sequence[str], rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, has_steps_K: Sequence[bool]
-) -> dict[str, float]:
+class RewardStats(NamedTuple):
+    """
+    What metrics need to know of the rewards of each completion.
+
+    Args:
+        count_NK (`torch.Tensor` of shape `(N, K)`):
+            The number of rewards of a source on loss tokens.
+        mean_NK (`torch.Tensor` of shape `(N, K)`):
+            Their mean; 0 where there is none.
+        squares_NK (`torch.Tensor` of shape `(N, K)`):
+            The sum of their squared deviations from it.
+        largest_NK (`torch.Tensor` of shape `(N, K)`):
+            The largest of their sizes.
+        tokens_NK (`torch.Tensor` of shape `(N, K)`):
+            The number of loss tokens up to the last of them.
+    """
+
+    count_NK: torch.Tensor
+    mean_NK: torch.Tensor
+    squares_NK: torch.Tensor
+    largest_NK: torch.Tensor
+    tokens_NK: torch.Tensor
+
+    @property
+    def scores_KN(self) -> torch.Tensor:
+        """The mean reward of each completion, NaN where there is none."""
+        return self.mean_NK.where(self.count_NK > 0, torch.nan).T
+
+
+class TurnStats(NamedTuple):
+    """
+    What metrics need to know of the turns of each completion, U of which have metrics of their own.
+
+    Args:
+        turns_N (`torch.Tensor` of shape `(N,)`):
+            The number of turns.
+        tokens_N (`torch.Tensor` of shape `(N,)`):
+            The number of loss tokens.
+        rewards_NKU (`torch.Tensor` of shape `(N, K, U)`):
+            The sum of each source's rewards in each of the first turns, NaN where there is none.
+    """
+
+    turns_N: torch.Tensor
+    tokens_N: torch.Tensor
+    rewards_NKU: torch.Tensor
+
+
+def reward_stats(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> RewardStats:
+    """
+    Count, mean and spread of each completion's rewards, and where the last one is.
+
+    Args:
+        rewards_KNT (`torch.Tensor` of shape `(K, N, T)`):
+            Rewards on loss tokens, NaN where there is none.
+        mask_NT (`torch.Tensor` of shape `(N, T)`):
+            Loss mask.
+    """
+    parts = [_stats_of_rows(rewards_KNT[:, rows], mask_NT[rows]) for rows in row_blocks(mask_NT.shape)]
+    return RewardStats(*[torch.cat(one) for one in zip(*parts, strict=True)])
+
+
+def _stats_of_rows(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> RewardStats:
+    tokens_so_far_NT = mask_NT.cumsum(1)
+    of_sources = []
+    for rewards_NT in rewards_KNT:
+        given_NT = ~rewards_NT.isnan()
+        moments = weighted_moments(rewards_NT, given_NT.to(rewards_NT.dtype), (1,))
+        tokens_N1 = (tokens_so_far_NT * given_NT).amax(1, keepdim=True)
+        of_sources.append((*moments, tokens_N1))
+    return RewardStats(*[torch.cat(of_each, dim=1) for of_each in zip(*of_sources, strict=True)])
+
+
+def turn_stats(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> TurnStats:
+    """The turns of each completion, and what each source gives to the first of them; as for [`reward_stats`]."""
+    parts = [_turns_of_rows(rewards_KNT[:, rows], mask_NT[rows]) for rows in row_blocks(mask_NT.shape)]
+    return TurnStats(*[torch.cat(one) for one in zip(*parts, strict=True)])
+
+
+def _turns_of_rows(rewards_KNT: torch.Tensor, mask_NT: torch.Tensor) -> TurnStats:
+    turns_NT = turn_indices(mask_NT)
+    sums = []
+    for rewards_NT in rewards_KNT:
+        given_NT = (turns_NT >= 0) & (turns_NT < TURNS_LOGGED) & ~rewards_NT.isnan()
+        # What is in no turn of these goes to a column that is dropped
+        places_NT = turns_NT.where(given_NT, TURNS_LOGGED)
+        empty = rewards_NT.new_zeros(len(rewards_NT), TURNS_LOGGED + 1)
+        sums_NU = empty.scatter_add(1, places_NT, rewards_NT.nan_to_num())
+        counts_NU = empty.scatter_add(1, places_NT, given_NT.to(rewards_NT.dtype))
+        sums.append(sums_NU.where(counts_NU > 0, torch.nan)[:, :TURNS_LOGGED])
+    return TurnStats(turns_NT.amax(1) + 1, mask_NT.sum(1), torch.stack(sums, dim=1))
+
+
+def step_metrics(names: Sequence[str], stats: RewardStats, has_steps_K: Sequence[bool]) -> dict[str, float]:
     r"""
     Each process source's token and step rewards: mean, std (ddof 1), number per completion, and length of a step.
 
@@ -45,10 +142,8 @@ def step_metrics(
     Args:
         names (`Sequence[str]` of length K):
             Names of the sources; where two share one, TRL's log averages them.
-        rewards_KNT (`torch.Tensor` of shape `(K, N, T)`):
-            Rewards on loss tokens, NaN where there is none.
-        mask_NT (`torch.Tensor` of shape `(N, T)`):
-            Loss mask.
+        stats ([`RewardStats`]):
+            Of all completions.
         has_steps_K (`Sequence[bool]` of length K):
             Which sources reward steps or tokens; the others are left out.
 
@@ -56,49 +151,44 @@ def step_metrics(
         `dict[str, float]`: NaN for a mean of nothing or a std of one.
     """
     metrics: dict[str, float] = {}
-    tokens_so_far_NT = mask_NT.cumsum(1)
-    for name, rewards_NT, has_steps in zip(names, rewards_KNT, has_steps_K, strict=True):
+    of_all = merged(Moments(stats.count_NK, stats.mean_NK, stats.squares_NK, stats.largest_NK))
+    for k, (name, has_steps) in enumerate(zip(names, has_steps_K, strict=True)):
         if not has_steps:
             continue
-        given_NT = ~rewards_NT.isnan()
-        rewards = rewards_NT[given_NT]
-        counts_N = given_NT.sum(1)
+        counts_N = stats.count_NK[:, k]
         has_any_N = counts_N > 0
-        tokens_N = (tokens_so_far_NT * given_NT).amax(1)
-        metrics[f"rewards/{name}/step_mean"] = rewards.mean().item()
-        metrics[f"rewards/{name}/step_std"] = rewards.std().item() if len(rewards) > 1 else float("nan")
-        metrics[f"rewards/{name}/steps"] = counts_N[has_any_N].double().mean().item()
-        metrics[f"rewards/{name}/tokens_per_step"] = (tokens_N / counts_N)[has_any_N].mean().item()
+        rewards = of_all.number[0, k].item()
+        metrics[f"rewards/{name}/step_mean"] = of_all.mean[0, k].item() if rewards else float("nan")
+        metrics[f"rewards/{name}/step_std"] = of_all.std[0, k].item() if rewards > 1 else float("nan")
+        metrics[f"rewards/{name}/steps"] = counts_N[has_any_N].mean().item()
+        metrics[f"rewards/{name}/tokens_per_step"] = (stats.tokens_NK[:, k] / counts_N)[has_any_N].mean().item()
     return metrics
 
 
-def turn_metrics(
-    names: Sequence[str], rewards_KNT: torch.Tensor, mask_NT: torch.Tensor, has_steps_K: Sequence[bool]
-) -> dict[str, float]:
+def turn_metrics(names: Sequence[str], stats: TurnStats, has_steps_K: Sequence[bool]) -> dict[str, float]:
     """
     Turns per completion, loss tokens per turn, and what each source gives the completions' first, second, ... turn.
 
     Args:
-        names, rewards_KNT, mask_NT, has_steps_K:
+        names, has_steps_K:
             As for [`step_metrics`].
+        stats ([`TurnStats`]):
+            Of all completions.
 
     Returns:
         `dict[str, float]`: NaN for a mean of nothing. `rewards/{source}/turn_{k}` is the mean, over
         the completions whose k-th turn the source rewards, of the sum of its rewards there; k counts from 1.
     """
-    turns_NT = turn_indices(mask_NT)
-    counts_N = turns_NT.amax(1) + 1
-    most = int(counts_N.max())
+    turns_N = stats.turns_N
+    most = int(turns_N.max())
     metrics = {
         # A completion that is masked as truncated has none
-        "turns/per_completion": counts_N[counts_N > 0].double().mean().item(),
-        "turns/tokens": (mask_NT.sum() / counts_N.sum()).item(),
+        "turns/per_completion": turns_N[turns_N > 0].double().mean().item(),
+        "turns/tokens": (stats.tokens_N.sum() / turns_N.sum()).item(),
     }
-    for name, rewards_NT, has_steps in zip(names, rewards_KNT, has_steps_K, strict=True):
+    for k, (name, has_steps) in enumerate(zip(names, has_steps_K, strict=True)):
         for turn in range(min(most, TURNS_LOGGED) if has_steps else 0):
-            given_NT = (turns_NT == turn) & ~rewards_NT.isnan()
-            sums_N = rewards_NT.where(given_NT, 0.0).sum(1)
-            metrics[f"rewards/{name}/turn_{turn + 1}"] = sums_N[given_NT.any(1)].mean().item()
+            metrics[f"rewards/{name}/turn_{turn + 1}"] = stats.rewards_NKU[:, k, turn].nanmean().item()
     return metrics
 
 
@@ -110,7 +200,7 @@ def turn_sums(advantages_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tenso
 
 
 def outcome_correlations(
-    names: Sequence[str], rewards_KNT: torch.Tensor, has_steps_K: Sequence[bool], group_size: int
+    names: Sequence[str], scores_KN: torch.Tensor, has_steps_K: Sequence[bool], group_size: int
 ) -> dict[str, float]:
     r"""
     Pearson correlation of each process source's mean step reward with each outcome source's reward, within groups.
@@ -122,8 +212,8 @@ def outcome_correlations(
     Args:
         names (`Sequence[str]` of length K):
             Names of the sources.
-        rewards_KNT (`torch.Tensor` of shape `(K, N, T)`):
-            Rewards on loss tokens, NaN where there is none.
+        scores_KN (`torch.Tensor` of shape `(K, N)`):
+            The mean reward of each completion, NaN where there is none.
         has_steps_K (`Sequence[bool]` of length K):
             Which sources reward steps or tokens; the others are outcome sources.
         group_size (`int`):
@@ -132,7 +222,6 @@ def outcome_correlations(
     Returns:
         `dict[str, float]`: NaN where one of the two has no spread in any group.
     """
-    scores_KN = rewards_KNT.nanmean(-1)
     process = [k for k, has_steps in enumerate(has_steps_K) if has_steps]
     outcome = [k for k, has_steps in enumerate(has_steps_K) if not has_steps]
     metrics: dict[str, float] = {}

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -15,78 +16,23 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.utils import logging
 
 from ._swapped import swapped
 from ._trl import ADVANTAGE_EPS, GRPOTrainer, get_config_model_id
 from .advantages.combine import check_values, process_advantages
 from .config import GRPOExtConfig
-from .credit.trainer import CreditTrainer, judgements_of
+from .credit.trainer import judgements_of
 from .distributed import gather, local_rows, total
 from .kl.trainer import KLTrainer
 from .loss import loss_mask
-from .metrics import (
-    as_numbers,
-    completion_means,
-    outcome_correlations,
-    positive_counts,
-    step_metrics,
-    step_shares,
-    turn_metrics,
-    turn_sums,
-    unjudged_shares,
-    withheld_shares,
-)
-from .reward_models.opening import open_reward_models, prepare_reward_sources
-from .reward_models.progress import progress_bars
-from .rewards.arguments import (
-    check_columns,
-    check_row,
-    check_source_columns,
-    check_tool_mask,
-    list_sources,
-)
-from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
-from .rewards.scored_batch import ScoredBatch, count_steps, gather_outcomes, gather_token_rewards
-from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
-from .rewards.step_warnings import StepWarnings
-from .rewards.types import plain
-from .rewards.weights import parse_weight
+from .metrics import as_numbers, completion_means, positive_counts, turn_sums
+from .reward_models.opening import open_reward_models
+from .rewards.arguments import check_columns, check_row, check_source_columns, list_sources
+from .rewards.scored_batch import ScoredBatch
+from .rewards.trainer import RewardsTrainer
 
 
-logger = logging.get_logger(__name__)
-
-
-class _Scored(NamedTuple):
-    """
-    What `_calculate_rewards` leaves of a batch.
-
-    Args:
-        sources (`list` of length K):
-            The wrapped sources, which hold the rewards of tokens and steps.
-        scores_NK (`torch.Tensor` of shape `(N, K)`):
-            One number per completion and source, NaN where there is none.
-        withheld_NK (`torch.Tensor` of shape `(N, K)`, bool):
-            Where a gate keeps it from counting.
-        returned_NK (`torch.Tensor` of shape `(N, K)`):
-            The scores of sequence classifiers before their transforms.
-        completion_ids (`list[list[int]]` of length B):
-            The completions of this process, without padding.
-    """
-
-    sources: list[Any]
-    scores_NK: torch.Tensor
-    withheld_NK: torch.Tensor
-    returned_NK: torch.Tensor
-    completion_ids: list[list[int]]
-
-    @property
-    def counted_NK(self) -> torch.Tensor:
-        """The scores with NaN in place of what is withheld, as TRL is to see them."""
-        return self.scores_NK.masked_fill(self.withheld_NK, torch.nan)
-
-
-class GRPOExtTrainer(CreditTrainer):
+class GRPOExtTrainer(RewardsTrainer):
     """
     [`~trl.GRPOTrainer`] with process supervision, several weighted reward sources at token level and an exact KL.
 
@@ -154,26 +100,22 @@ class GRPOExtTrainer(CreditTrainer):
         self._needs_prompt = environment_factory is None
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         check_columns(datasets, self._needs_prompt)
-        self._weights = [parse_weight(weight) for weight in cast(list[Any], args.reward_weights or [])]
-        # TRL takes numbers; the config keeps what it was given
-        numbers = None if args.reward_weights is None else [weight.first for weight in self._weights]
-        with swapped(args, reward_weights=numbers):
-            super().__init__(
-                model=model,
-                reward_funcs=_open_sources(reward_funcs, args),
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
+        super().__init__(
+            model=model,
+            reward_funcs=_open_sources(reward_funcs, args),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
         _check_trains(cast(nn.Module, self.model))
         self._check_eos_token()
         self._separator_ids = self._tokenize_separator()
@@ -213,177 +155,25 @@ class GRPOExtTrainer(CreditTrainer):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         return [[*ids, *self._separator_ids] for ids in prompt_ids], images, multimodal_fields
 
-    def _generate(self, prompts: list):
-        generated = super()._generate(prompts)
-        prompt_ids, completion_ids, tool_mask, _, _, extra_fields, *_ = generated
-        check_tool_mask(tool_mask, completion_ids, extra_fields)
-        # A rollout function may return tensors
-        self._tool_mask = plain(tool_mask)
-        self._prompt_ids = plain(prompt_ids)
-        return generated
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Rewards
-
-    def _set_up_rewards(self) -> None:
-        names = self.reward_func_names
-        self.args.check_sources(names)
-        self._transforms = self.args.reward_transforms or ["none"] * len(names)
-        self._gates = gate_indices(self.args.outcome_gate or [NO_GATE] * len(names), names)
-        self._step_warnings = StepWarnings(self.args.supervision == "outcome")
-        # Of the batch that is being scored
-        self._tool_mask: list[list[int]] | None = None
-        self._prompt_ids: list[list[int]] | None = None
-        self._scored: _Scored | None = None
-        self._first_completion = ""
-        self._prepare_sources()
-        # A `reduce` that does not exist is known now
-        self._wrap_sources()
-
-    def _prepare_sources(self) -> None:
-        self.reward_funcs = prepare_reward_sources(
-            self.reward_funcs,
-            accelerator=self.accelerator,
-            policy_tokenizer=self._tokenizer,
-            batch_tokens=self.args.reward_batch_tokens,
-        )
-
-    def _wrap_sources(self) -> list[Any]:
-        """The user's functions as TRL is to call them in the next batch; models as they are."""
-        is_outcome = self.args.supervision == "outcome"
-        sources = zip(self.reward_funcs, self.reward_func_names, self._transforms, strict=True)
-        return [
-            source
-            if isinstance(source, nn.Module)
-            else wrap_source(source, name, transform, is_outcome, self._tool_mask, self._prompt_ids)
-            for source, name, transform in sources
-        ]
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # Another trainer with the same source may have prepared it since, for another tokenizer
-        self._prepare_sources()
-        sources = self._wrap_sources()
-        is_outcome = self.args.supervision == "outcome"
-        shows_bars = self.accelerator.is_main_process and not self.args.disable_tqdm
-        # `reward_funcs` holds the user's own functions at any other time
-        with swapped(self, reward_funcs=sources), progress_bars(shown=shows_bars):
-            scores_NK = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        returned_NK = scores_NK.clone()
-        for k, source in enumerate(sources):
-            if isinstance(source, nn.Module):
-                name = self.reward_func_names[k]
-                scores_NK[:, k] = parse_model_scores(scores_NK[:, k], name, self._transforms[k], is_outcome)
-        withheld_NK = withheld_rewards(scores_NK, self._gates)
-        self._scored = _Scored(sources, scores_NK, withheld_NK, returned_NK, completion_ids_list)
-        self._first_completion = str(completions[0])
-        return self._scored.counted_NK
-
-    def _follow_schedules(self) -> None:
-        """Set the weights that change, and log all of them; a function of the step, so that a resumed run goes on."""
-        if not any(weight.changes for weight in self._weights):
-            return
-        # Before training there is no last step
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        for k, weight in enumerate(self._weights):
-            if weight.changes:
-                self.reward_weights[k] = weight.at(progress)
-        weights = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
-        self._record({f"rewards/{name}/weight": weight for name, weight in weights})
-
-    def _follow_subclass(self, rewards_NK: torch.Tensor) -> None:
-        """
-        Go on with what a subclass has made of the rewards that `_calculate_rewards` returns here.
-
-        Raises:
-            RuntimeError: under process supervision, where the rewards of tokens are trained on.
-        """
-        if self._scored is None:
-            return
-        counted_NK = self._scored.counted_NK
-        if ((rewards_NK == counted_NK) | (rewards_NK.isnan() & counted_NK.isnan())).all():
-            return
-        if self.args.supervision == "process":
-            raise RuntimeError(
-                f"{type(self).__name__}._calculate_rewards changes what super()._calculate_rewards(...) returns, one "
-                "number for each completion, and supervision='process' trains on the rewards of tokens. Change the "
-                "reward function, or override compute_advantages(batch), whose batch has them."
-            )
-        self._scored = self._scored._replace(
-            scores_NK=rewards_NK, withheld_NK=withheld_rewards(rewards_NK, self._gates)
-        )
-
-    def _warn_of_steps(self, sources: list[Any], counts_K: list[StepCounts], completions: int) -> None:
-        """Say once, by name, where the steps of a source look wrong; see [`StepWarnings`]."""
-        for source, counts in zip(sources, counts_K, strict=True):
-            if isinstance(source, RewardSource):
-                warning = self._step_warnings.of_batch(source, counts, completions, self._first_completion)
-                if warning is not None and self.accelerator.is_main_process:
-                    logger.warning(warning)
-
-    def _scored_batch(self, mask_BT: torch.Tensor) -> ScoredBatch:
-        """What all processes' completions earn, from the rewards that TRL has just collected."""
-        assert self._scored is not None
-        sources, scores_NK, withheld_NK, *_ = self._scored
-        if self.args.supervision == "process":
-            rewards_KNT, mask_NT, masked_K = gather_token_rewards(self.accelerator, sources, scores_NK, mask_BT)
-        else:
-            rewards_KNT, mask_NT, masked_K = gather_outcomes(scores_NK)
-        counts_K = count_steps(self.accelerator, sources)
-        self._warn_of_steps(sources, counts_K, len(mask_NT))
-        return ScoredBatch(
-            names=self.reward_func_names,
-            rewards_KNT=rewards_KNT,
-            withheld_NK=withheld_NK,
-            mask_NT=mask_NT,
-            steps_K=[counts.steps for counts in counts_K],
-            unscored_K=[counts.unscored for counts in counts_K],
-            masked_K=masked_K,
-            group_size=cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval),
-        )
-
-    def reward_metrics(self, batch: ScoredBatch) -> dict[str, float]:
-        """
-        Metrics of a scored batch, logged beside TRL's under the same names on every process.
-
-        A subclass may override it:
-
-        ```python
-        >>> class JudgedTrainer(GRPOExtTrainer):
-        ...     def reward_metrics(self, batch):
-        ...         judged = 1 - batch.unjudged_NK.all(1).double().mean().item()
-        ...         return {**super().reward_metrics(batch), "rewards/judged": judged}
-        ```
-
-        Under outcome supervision the batch has one column, so its mask says nothing of lengths.
-
-        Args:
-            batch ([`~trl_grpo_ext.ScoredBatch`]):
-                The completions of all processes and their rewards, the same on every process.
-
-        Returns:
-            `dict[str, float]`: a metric that is NaN is left out of the log.
-        """
-        metrics = step_shares("unscored", batch.names, batch.unscored_K, batch.steps_K)
-        metrics |= unjudged_shares(batch.names, batch.unjudged_NK)
-        if self.args.outcome_gate:
-            metrics |= withheld_shares(batch.names, batch.unjudged_NK, batch.withheld_NK)
-        if self.args.supervision == "process":
-            metrics |= step_shares("masked", batch.names, batch.masked_K, batch.steps_K)
-            has_steps_K = [steps > 0 for steps in batch.steps_K]
-            # Of an outcome source TRL logs mean and std, and the number of its steps is always 1
-            metrics |= step_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
-            # In every batch with tools, called or not: the log is a mean over batches
-            if self._tool_mask is not None:
-                metrics |= turn_metrics(batch.names, batch.rewards_KNT, batch.mask_NT, has_steps_K)
-            metrics |= outcome_correlations(batch.names, batch.rewards_KNT, has_steps_K, batch.group_size)
-        return metrics
-
     # -----------------------------------------------------------------------------------------------------------------
     # Advantages
 
+    @property
+    def _needs_whole_batch(self) -> bool:
+        """Whether each process needs the completions of all processes, rather than those of its own groups."""
+        # What is not ours may compare any completions with each other
+        of_override = self.compute_advantages != MethodType(
+            GRPOExtTrainer.compute_advantages, self
+        ) or self.reward_metrics != MethodType(GRPOExtTrainer.reward_metrics, self)
+        # Under outcome supervision all of them are one column
+        is_outcome = self.args.supervision == "outcome"
+        of_estimator = not self.args.advantage_settings.row.compares
+        # The main process records groups that may lie in others
+        return is_outcome or of_override or of_estimator or self._credit_is_due
+
     def compute_advantages(self, batch: ScoredBatch) -> torch.Tensor:
         """
-        Advantages of all processes' completions, computed alike on every process.
+        Advantages of the batch's completions, of which this process trains on its own.
 
         A subclass may override it:
 
@@ -395,36 +185,25 @@ class GRPOExtTrainer(CreditTrainer):
 
         Args:
             batch ([`~trl_grpo_ext.ScoredBatch`]):
-                The completions of all processes and their rewards. `batch.counted_KNT` holds the rewards that count.
+                Completions and their rewards: those of all processes, the same on every process, if this method or
+                [`~GRPOExtTrainer.reward_metrics`] is overridden. Otherwise they may be those of this process's groups
+                alone. `batch.counted_KNT` holds the rewards that count.
 
         Returns:
-            `torch.Tensor` of shape `(N, T)`: advantages, 0 outside the loss mask; T is 1 under outcome supervision,
-            where a completion has one advantage.
+            `torch.Tensor` of shape `(N, T)`: advantages of all of these completions, 0 outside the loss mask; T is 1
+            under outcome supervision, where a completion has one advantage.
         """
         rewards_KNT = batch.counted_KNT
         return process_advantages(
-            # Apple's GPUs have no float64
-            rewards_KNT.to(torch.float32 if rewards_KNT.device.type == "mps" else torch.float64),
+            rewards_KNT,
             batch.mask_NT,
             self.reward_weights.to(rewards_KNT.device),
             batch.group_size,
-            **self._advantage_settings,
+            self.args.advantage_settings,
+            share=batch.share,
+            # Apple's GPUs have no float64
+            dtype=torch.float32 if rewards_KNT.device.type == "mps" else torch.float64,
         )
-
-    @property
-    def _advantage_settings(self) -> dict[str, Any]:
-        """Keywords of [`~trl_grpo_ext.advantages.combine.process_advantages`]."""
-        is_process = self.args.supervision == "process"
-        return {
-            # Outcome supervision is process supervision of completions of one token, where `position` is TRL's formula
-            "estimator": self.args.advantage_estimator if is_process else "position",
-            "gamma": self.args.gamma if is_process else 1.0,
-            "gamma_unit": self.args.gamma_unit,
-            "options": self.args.estimator_options if is_process else None,
-            "aggregation": self.multi_objective_aggregation,
-            "scale": self.scale_rewards,
-            "eps": self.args.advantage_eps,
-        }
 
     @property
     def _keeps_trl_advantages(self) -> bool:
@@ -432,7 +211,7 @@ class GRPOExtTrainer(CreditTrainer):
         return (
             self.args.supervision == "outcome"
             and self.args.advantage_eps == ADVANTAGE_EPS
-            and type(self).compute_advantages is GRPOExtTrainer.compute_advantages
+            and self.compute_advantages == MethodType(GRPOExtTrainer.compute_advantages, self)
         )
 
     def _generate_and_score_completions(self, inputs):
@@ -452,7 +231,7 @@ class GRPOExtTrainer(CreditTrainer):
         if self._scored is None:
             self._require_super()
         else:
-            batch = self._scored_batch(mask_BT)
+            batch = self._scored_batch(mask_BT, self._needs_whole_batch)
             self._use_rewards(output, batch, mask_BT)
             if self._credit_is_due:
                 self._record_scored(output, batch)
@@ -482,7 +261,7 @@ class GRPOExtTrainer(CreditTrainer):
         name = f"{type(self).__name__}.compute_advantages"
         check_values(name, advantages_NT, torch.ones_like(batch.mask_NT, dtype=torch.bool))
         # Other processes may have longer completions
-        advantages_BT = local_rows(self.accelerator, advantages_NT)[:, : mask_BT.size(1)].float()
+        advantages_BT = advantages_NT[batch.own_rows, : mask_BT.size(1)].float()
         output["advantages"] = advantages_BT if self.args.supervision == "process" else advantages_BT.squeeze(-1)
 
     def _record_scored(self, output: dict[str, Any], batch: ScoredBatch) -> None:
@@ -491,7 +270,7 @@ class GRPOExtTrainer(CreditTrainer):
         returned_KB = local_rows(self.accelerator, returned_NK).T
         scores_KB = local_rows(self.accelerator, scores_NK).T
         judgements_KB = [judgements_of(*judged) for judged in zip(sources, returned_KB, scores_KB, strict=True)]
-        self._record_batch(output, batch, completion_ids, judgements_KB, self._advantage_settings)
+        self._record_batch(output, batch, completion_ids, judgements_KB)
 
     def _log_advantages(self, advantages: torch.Tensor, mask_BT: torch.Tensor) -> None:
         """Log the advantages that are trained on; in the completions table, each completion's mean."""

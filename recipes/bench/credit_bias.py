@@ -44,6 +44,7 @@ from rich.progress import track
 from rich.table import Table
 
 from trl_grpo_ext.advantages.combine import process_advantages
+from trl_grpo_ext.advantages.settings import AdvantageSettings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,12 +422,14 @@ def package_advantages(process: Process, all_: Listed, setting: Setting, index_M
         all_.mask_NT[rows],
         torch.tensor(process.weights, dtype=torch.float64),
         index_MG.size(1),
-        estimator=setting.estimator,
-        gamma=process.gammas or setting.gamma,
-        gamma_unit=setting.gamma_unit,
-        options={"position_baseline": setting.baseline} if setting.baseline else None,
-        scale=setting.scale,
-        aggregation=setting.aggregation,
+        AdvantageSettings(
+            estimator=setting.estimator,
+            gamma=process.gammas or setting.gamma,
+            gamma_unit=setting.gamma_unit,
+            options={"position_baseline": setting.baseline} if setting.baseline else {},
+            scale=setting.scale,
+            aggregation=setting.aggregation,
+        ),
     )
     return advantages_NT.view(*index_MG.shape, -1)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from trl_grpo_ext.advantages.settings import AdvantageSettings
 from trl_grpo_ext.credit.decomposition import decompose
 from trl_grpo_ext.credit.log import completion_rows, credit_file, write_rows
 from trl_grpo_ext.report import main as write_report
@@ -50,7 +51,8 @@ def group_rows(rng: random.Random, words: list[str], length: int) -> list[dict]:
     rewards_KNT[0, :, ends] = torch.bernoulli(torch.full((GROUP_SIZE, len(ends)), 0.7)).double()
     rewards_KNT[1, :, -1] = torch.bernoulli(torch.full((GROUP_SIZE,), 0.5)).double()
     mask_NT = torch.ones(GROUP_SIZE, length, dtype=torch.bool)
-    found = decompose(rewards_KNT, mask_NT, torch.ones(2), GROUP_SIZE, estimator="position", gamma=0.99)
+    settings = AdvantageSettings(estimator="position", gamma=0.99)
+    found = decompose(rewards_KNT, mask_NT, torch.ones(2), GROUP_SIZE, settings)
     entropy_NT = torch.rand(GROUP_SIZE, length).square() * 2
     recorded = {}
     for n in range(GROUP_SIZE):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support import oracles
 from trl_grpo_ext.advantages.combine import process_advantages
+from trl_grpo_ext.advantages.settings import AdvantageSettings
 
 
 # "position-active" is the estimator "position" with that baseline.
@@ -21,6 +22,11 @@ every_estimator = pytest.mark.parametrize("estimator", LABELS)
 every_scale = pytest.mark.parametrize("scale", SCALES)
 every_order = pytest.mark.parametrize("order", ORDERS)
 every_unit = pytest.mark.parametrize("unit", UNITS)
+
+
+def computed(rewards_KNT, mask_NT, weights_K, group_size, **settings):
+    """The package's advantages, with its settings as keywords."""
+    return process_advantages(rewards_KNT, mask_NT, weights_K, group_size, AdvantageSettings(**settings))
 
 
 class Batch:
@@ -48,7 +54,7 @@ class Batch:
         }
 
     def run(self, options, rewards=None, mask=None, weights=None, group_size=None):
-        advantages = process_advantages(
+        advantages = computed(
             torch.tensor(self.rewards if rewards is None else rewards),
             torch.tensor(self.mask if mask is None else mask),
             torch.tensor(self.weights if weights is None else weights),
@@ -80,7 +86,7 @@ def advantages_of(rewards_NT, mask_NT, group_size, *, estimator, gamma=1.0, weig
     estimator, _, baseline = estimator.partition("-")
     rewards = torch.as_tensor(np.asarray(rewards_NT)[None])
     weights = torch.tensor([weight], dtype=rewards.dtype)
-    advantages = process_advantages(
+    advantages = computed(
         rewards,
         torch.as_tensor(np.asarray(mask_NT)),
         weights,

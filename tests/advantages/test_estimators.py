@@ -12,6 +12,7 @@ from tests.advantages.batches import (
     Batch,
     advantages_of,
     batches,
+    computed,
     every_order,
     every_scale,
     every_unit,
@@ -19,7 +20,7 @@ from tests.advantages.batches import (
     outcome,
 )
 from tests.support import oracles
-from trl_grpo_ext.advantages.combine import process_advantages
+from trl_grpo_ext.advantages.comparisons import Compared
 from trl_grpo_ext.advantages.estimators import ESTIMATORS, Estimator
 
 
@@ -158,7 +159,7 @@ def test_a_batch_without_spread_gets_zero_under_batch_scale():
     """One group's spread is above the rounding, the batch's below it: 2.8 at eps = 1e-8 if only the group counts."""
     rewards_KNT = torch.ones(1, 16, 1, dtype=torch.float64)
     rewards_KNT[0, 0] = 1 + 6e-7
-    advantages_NT = process_advantages(
+    advantages_NT = computed(
         rewards_KNT,
         torch.ones(16, 1),
         torch.ones(1, dtype=torch.float64),
@@ -255,7 +256,7 @@ def test_reduces_to_trl_outcome_advantages_with_one_token(group_size, estimator,
     estimator, _, baseline = estimator.partition("-")
     for seed in range(5):
         rewards_NK, rewards, mask = outcome_batch(seed, [1] * 12)
-        advantages = process_advantages(
+        advantages = computed(
             rewards,
             mask,
             torch.tensor(weights),
@@ -280,7 +281,7 @@ def test_reduces_to_trl_for_outcome_rewards_pooled_gamma_one(estimator, scale, o
     lengths = [3, 7, 1, 5, 2, 2, 6, 4, 7, 1, 1, 3]
     for seed in range(5):
         rewards_NK, rewards, mask = outcome_batch(seed, lengths)
-        advantages = process_advantages(
+        advantages = computed(
             rewards,
             mask,
             torch.tensor(weights),
@@ -300,7 +301,7 @@ def test_position_reduces_to_seed_document(lengths):
     rng = np.random.default_rng(9)
     rewards, weights = rng.normal(size=(2, 8, 6)), np.array([0.7, 1.3])
     mask = (np.arange(6) < np.asarray(lengths)[:, None]).astype(np.int64)
-    advantages = process_advantages(
+    advantages = computed(
         torch.tensor(rewards),
         torch.tensor(mask),
         torch.tensor(weights),
@@ -386,7 +387,24 @@ def test_what_an_estimator_of_ones_own_returns_is_checked(returned, error, messa
     rewards = torch.ones(1, 4, 6, dtype=torch.float64)
     options = {"estimator": Estimator(function, normalizes=normalizes), "gamma": 0.9}
     with pytest.raises(error, match=message):
-        process_advantages(rewards, torch.ones(4, 6), torch.ones(1), 2, **options)
+        computed(rewards, torch.ones(4, 6), torch.ones(1), 2, **options)
+
+
+def deviations_by_position(inputs):
+    counted_NT = inputs.judged_N[:, None].expand_as(inputs.mask_NT).double()
+    return Compared(*(values.unflatten(0, (-1, inputs.group_size)) for values in (inputs.values_NT, counted_NT)), (1,))
+
+
+@every_order
+@every_scale
+def test_a_row_that_says_what_it_compares_is_normalised_by_the_scale(scale, order):
+    batch = Batch(seed=7, sources=2, groups=3, group_size=4, length=6)
+    options = batch.options("position-all", scale, order)
+    row = Estimator(deviations_by_position, compares=True)
+    assert np.array_equal(batch.run(options | {"estimator": row}), batch.run(options))
+    row = Estimator(times, compares=True)
+    with pytest.raises(TypeError, match="function returned a Tensor; with compares=True it has to return a Compared"):
+        batch.run(options | {"estimator": row})
 
 
 def times(inputs, *, factor=1.0, sign="plus"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.advantages.batches import SCALES, few
 from tests.support import oracles
 from trl_grpo_ext.advantages.normalization import (
+    compare,
     completion_weights,
     mean_of_others,
     pack_order,
@@ -33,6 +34,11 @@ def pairs(values, weights):
     return list(zip(values.ravel().tolist(), weights.ravel().tolist(), strict=True))
 
 
+def standardized(values, weights, group_dims, scale, eps):
+    tensors = (torch.tensor(values), torch.tensor(weights))
+    return standardize(tensors[0], compare(*tensors, group_dims, scale=scale, eps=eps), scale=scale).numpy()
+
+
 @few
 @given(seed=st.integers(0, 2**32 - 1))
 def test_moments_equal_the_oracle_and_read_nothing_of_weight_0(seed):
@@ -51,13 +57,13 @@ def test_moments_equal_the_oracle_and_read_nothing_of_weight_0(seed):
 @given(seed=st.integers(0, 2**32 - 1), eps=st.sampled_from([0.0, 0.1]))
 def test_standardize_equals_the_oracle_and_reads_nothing_of_weight_0(seed, eps, scale):
     _, weights, poisoned = random_groups(seed)
-    whole = standardize(torch.tensor(poisoned), torch.tensor(weights), (1, 2), scale=scale, eps=eps).numpy()
+    whole = standardized(poisoned, weights, (1, 2), scale, eps)
     for group in range(len(weights)):
         expected = oracles.standardise(pairs(poisoned[group], weights[group]), pairs(poisoned, weights), scale, eps)
         np.testing.assert_allclose(whole[group].ravel(), expected, atol=1e-10)
     # Along one axis the weights are 0 or 1: tokens are not compared by completion.
     weights = (weights > 0).astype(np.float64)
-    columns = standardize(torch.tensor(poisoned), torch.tensor(weights), (1,), scale=scale, eps=eps).numpy()
+    columns = standardized(poisoned, weights, (1,), scale, eps)
     for t in range(weights.shape[2]):
         batch = pairs(poisoned[:, :, t], weights[:, :, t])
         for group in range(len(weights)):

@@ -13,10 +13,12 @@ from trl_grpo_ext.advantages.returns import discounted_returns, plain_discounted
 def test_returns_equal_their_closed_form_over_4096_tokens(gamma, dtype, tolerance):
     rewards = np.random.default_rng(0).normal(size=(3, 4096)).astype(np.float32).astype(np.float64)
     returns = discounted_returns(torch.tensor(rewards, dtype=dtype), gamma)
+    # One more than a block, so that every place in a block has its turn
+    some = range(0, 4096, 33)
     for i in range(3):
-        expected = [oracles.discounted_return_closed_form(rewards[i], gamma, t) for t in range(4096)]
+        expected = [oracles.discounted_return_closed_form(rewards[i], gamma, t) for t in some]
         scale = max(1.0, np.abs(expected).max())
-        assert np.abs(returns[i].double().numpy() - expected).max() < tolerance * scale
+        assert np.abs(returns[i, some].double().numpy() - expected).max() < tolerance * scale
 
 
 def test_returns_do_not_underflow_over_32768_tokens():

@@ -9,6 +9,7 @@ from tests.advantages.batches import few as dozen
 from trl_grpo_ext import Estimator
 from trl_grpo_ext.advantages.estimators import find_estimator
 from trl_grpo_ext.advantages.returns import plain_discounted_returns
+from trl_grpo_ext.advantages.settings import AdvantageSettings
 from trl_grpo_ext.credit.decomposition import decompose
 
 
@@ -17,7 +18,7 @@ few = settings(dozen, max_examples=3)
 
 def decomposed(batch, options):
     tensors = [torch.tensor(values) for values in (batch.rewards, batch.mask, batch.weights)]
-    return decompose(*tensors, batch.group_size, **options)
+    return decompose(*tensors, batch.group_size, AdvantageSettings(**options))
 
 
 @every_unit

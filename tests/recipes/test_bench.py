@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny_models import save_tiny_model
+from trl_grpo_ext import ESTIMATORS
 from trl_grpo_ext.credit.read import read_credit
 
 
@@ -97,13 +98,18 @@ def test_committed_figures_can_be_drawn(run, tmp_path):
 
 
 def test_advantages(measured):
-    rows = measured("advantages", "--shapes", "3x70")
-    of_copy, others = ([row for row in rows if (row["method"] == "copy") == yes] for yes in (True, False))
+    rows = measured("advantages", "--shapes", "3x70", "--batches", "16x70x2")
+    of_returns, of_batches = ([row for row in rows if ("sources" in row) == yes] for yes in (False, True))
+    of_copy, others = ([row for row in of_returns if (row["method"] == "copy") == yes] for yes in (True, False))
     quantities = {("time", "ms"), ("time", "x copy"), ("extra memory", "MiB")}
     check(of_copy, {"completions", "tokens"}, quantities, {"copy"})
     check(others, {"completions", "tokens"}, quantities | {("difference", "reward")}, {"loop", "discounted_returns"})
     # Returns of up to about 10, in float32
     assert all(row["max"] < 1e-5 for row in rows if row["what"] == "difference")
+    cases = [*ESTIMATORS, "position, scale batch", "position, normalize_then_sum"]
+    methods = {f"{case}, {how}" for case in cases for how in ("blocks", "one block")}
+    quantities = {("time", "ms"), ("extra memory", "MiB"), ("extra memory", "x rewards")}
+    check(of_batches, {"completions", "tokens", "sources"}, quantities, methods)
 
 
 def test_reward_models(measured):

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from tests.support.training import PROMPTS, RecordingExtTrainer, fixed_completions, make_trainer
 from trl_grpo_ext import StepRewards
-from trl_grpo_ext.metrics import outcome_correlations, step_metrics, withheld_shares
+from trl_grpo_ext.metrics import outcome_correlations, reward_stats, step_metrics, withheld_shares
 from trl_grpo_ext.rewards.gating import gate_indices
 
 
@@ -115,7 +115,7 @@ def test_unscored_steps_are_counted_and_carry_no_reward(tiny_model, tmp_path):
 def test_tokens_per_step_are_loss_tokens_up_to_the_last_reward():
     rewards_KNT = torch.tensor([[[nan, 1.0, nan, nan, 1.0, nan], [nan, nan, 0.5, nan, nan, nan], [nan] * 6]])
     mask_NT = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1] * 6])
-    metrics = step_metrics(["prm"], rewards_KNT, mask_NT, [True])
+    metrics = step_metrics(["prm"], reward_stats(rewards_KNT, mask_NT), [True])
     # Four loss tokens for two rewards, two for one, and a completion without any
     assert metrics["rewards/prm/tokens_per_step"] == pytest.approx((4 / 2 + 2 / 1) / 2)
 
@@ -142,7 +142,7 @@ def test_the_correlation_of_process_and_outcome_is_within_groups(seed):
     rewards_KNT = torch.full((2, 12, 5), nan, dtype=torch.float64)
     rewards_KNT[0, :, [0, 2, 4]] = torch.tensor(steps)
     rewards_KNT[1, :, 4] = torch.tensor(outcome)
-    ((name, value),) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 4).items()
+    ((name, value),) = outcome_correlations(["prm", "right"], rewards_KNT.nanmean(-1), [True, False], 4).items()
     assert name == "rewards/prm/corr/right"
     process = np.array([np.nanmean(row) if not np.isnan(row).all() else nan for row in steps])
     assert value == pytest.approx(correlation(process, outcome, 4))
@@ -175,13 +175,13 @@ def test_a_correlation_needs_spread_within_a_group():
     rewards_KNT = torch.full((2, 6, 2), nan)
     rewards_KNT[0] = 0.1
     rewards_KNT[1, :, 1] = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
-    (value,) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3).values()
+    (value,) = outcome_correlations(["prm", "right"], rewards_KNT.nanmean(-1), [True, False], 3).values()
     assert math.isnan(value)
     # Means of equal numbers, whose rounding is no spread either
     rewards_KNT[0] = torch.tensor([0.1, 0.3])
-    (value,) = outcome_correlations(["prm", "right"], rewards_KNT, [True, False], 3).values()
+    (value,) = outcome_correlations(["prm", "right"], rewards_KNT.nanmean(-1), [True, False], 3).values()
     assert math.isnan(value)
-    assert outcome_correlations(["right"], rewards_KNT[1:], [False], 3) == {}
+    assert outcome_correlations(["right"], rewards_KNT[1:].nanmean(-1), [False], 3) == {}
 
 
 def test_a_process_source_stays_one_where_every_completion_is_one_step(tiny_model, tmp_path):

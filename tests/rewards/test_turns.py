@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.support import oracles
 from trl_grpo_ext import StepRewards, TurnRewards
 from trl_grpo_ext.advantages.combine import process_advantages
-from trl_grpo_ext.metrics import turn_metrics, turn_sums
+from trl_grpo_ext.advantages.settings import AdvantageSettings
+from trl_grpo_ext.metrics import turn_metrics, turn_stats, turn_sums
 from trl_grpo_ext.rewards.sources import wrap_source
 from trl_grpo_ext.rewards.turns import Turn, find_turns, land_on_policy_tokens, turn_ends, turn_indices
 
@@ -162,9 +163,7 @@ def test_mt_grpo(seed, weight):
     expected = oracles.mt_grpo_advantages(turn, outcome, 4, weight)
     found = process_advantages(
         *(torch.tensor(rewards), torch.tensor(mask), torch.ones(2), 4),
-        estimator="step",
-        gamma=weight,
-        gamma_unit="turn",
+        AdvantageSettings(estimator="step", gamma=weight, gamma_unit="turn"),
     ).numpy()
     for i, (first, tool, second) in enumerate(lengths):
         np.testing.assert_allclose(found[i, :first], expected[i, 0], rtol=0, atol=1e-12)
@@ -180,7 +179,7 @@ def test_metrics_of_turns():
             [[nan] * 5 + [1.0], [nan] * 4 + [1.0, nan], [nan] * 6],
         ]
     )
-    found = turn_metrics(["judge", "right"], rewards_KNT, mask_NT, [True, False])
+    found = turn_metrics(["judge", "right"], turn_stats(rewards_KNT, mask_NT), [True, False])
     assert math.isnan(found.pop("rewards/judge/turn_2"))
     assert found == {
         "turns/per_completion": 2.5,
@@ -188,7 +187,7 @@ def test_metrics_of_turns():
         "rewards/judge/turn_1": 3.0,
         "rewards/judge/turn_3": 5.0,
     }
-    alone = turn_metrics(["judge"], rewards_KNT[:1, :1, :2], mask_NT[:1, :2], [True])
+    alone = turn_metrics(["judge"], turn_stats(rewards_KNT[:1, :1, :2], mask_NT[:1, :2]), [True])
     assert alone == {"turns/per_completion": 1.0, "turns/tokens": 2.0, "rewards/judge/turn_1": 3.0}
 
 

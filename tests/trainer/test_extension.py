@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass
+from types import MethodType
 
 import pytest
 import torch
@@ -99,6 +100,10 @@ def test_overridden_advantages_are_trained_on_under_both_supervisions(tiny_model
     assert process["advantages"].tolist() == [[row * (t < n) for t in range(6)] for row, n in enumerate(LENGTHS)]
     outcome = scored_batch(trainer_of(Rows, tiny_model, tmp_path), len(LENGTHS))
     assert outcome["advantages"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    # On one trainer instead of its class
+    trainer = trainer_of(GRPOExtTrainer, tiny_model, tmp_path)
+    trainer.compute_advantages = MethodType(Rows.compute_advantages, trainer)
+    assert scored_batch(trainer, len(LENGTHS))["advantages"].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("estimator", ["k3", "k2", "exact"])

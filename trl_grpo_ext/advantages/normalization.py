@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 
 SCALES = ("group", "batch", "none")
@@ -12,13 +13,49 @@ _RELATIVE_SPREAD = 2.4e-7
 
 _ABSOLUTE_SPREAD = 1e-14
 
+# The weights 1 / L of a completion's L tokens sum to 1 only up to rounding, so that `count > 1` might hold for one
+_SEVERAL = 1.5
+
 
 class Moments(NamedTuple):
-    """Mean, standard deviation (ddof 1) and whether there is any spread, over some axes that are kept with size 1."""
+    """
+    Sums over some axes of weighted values, from which the moments of several such sets together follow.
 
+    Args:
+        number (`torch.Tensor`):
+            `n`, the sum of the weights; the axes are kept with size 1.
+        mean (`torch.Tensor`):
+            Of the values.
+        squares (`torch.Tensor`):
+            The weighted sum of the squared deviations from the mean.
+        largest (`torch.Tensor`):
+            The largest size of a value.
+    """
+
+    number: torch.Tensor
     mean: torch.Tensor
-    std: torch.Tensor
-    has_spread: torch.Tensor
+    squares: torch.Tensor
+    largest: torch.Tensor
+
+    @property
+    def std(self) -> torch.Tensor:
+        """The standard deviation with ddof 1, `sqrt(squares / (n - 1))`; 0 where `n` is 0 or 1."""
+        several = self.number > _SEVERAL
+        return (self.squares / (self.number - 1).where(several, 1.0)).sqrt().where(several, 0.0)
+
+    @property
+    def has_spread(self) -> torch.Tensor:
+        """False where `n` is 0 or 1, or where the standard deviation is no larger than the rounding of the values."""
+        tolerance = (self.largest * _RELATIVE_SPREAD).clamp(min=_ABSOLUTE_SPREAD)
+        return (self.number > _SEVERAL) & (self.std > tolerance)
+
+    def padded(self, width: int) -> "Moments":
+        """The same with columns in which there is nothing, up to a width."""
+        return Moments(*[F.pad(one, (0, width - one.size(-1))) for one in self])
+
+    def first(self, width: int) -> "Moments":
+        """Those of the first columns; what is of all columns stays."""
+        return Moments(*[one[..., :width] for one in self])
 
 
 class Comparison(NamedTuple):
@@ -44,26 +81,48 @@ class Comparison(NamedTuple):
 
 def weighted_moments(values: torch.Tensor, weights: torch.Tensor, dim: tuple[int, ...]) -> Moments:
     r"""
-    Weighted mean and standard deviation, in two passes.
+    Weighted count, mean and sum of squared deviations, in two passes.
 
     `n = sum w`
 
     `mean = sum w x / n`
 
-    `std = sqrt(sum w (x - mean)^2 / (n - 1))`
+    `squares = sum w (x - mean)^2`
 
-    n counts steps or completions, so it is a whole number up to rounding. There is no spread where `n` is 0 or 1, or
-    where `std` is no larger than the rounding of the values. Entries with weight 0 are never read.
+    n counts steps or completions, so it is a whole number up to rounding. Entries with weight 0 are never read.
     """
     values = values.where(weights > 0, 0.0)
     count = weights.sum(dim, keepdim=True)
-    mean = (weights * values).sum(dim, keepdim=True) / count.clamp(min=torch.finfo(values.dtype).tiny)
-    squares = (weights * (values - mean) ** 2).sum(dim, keepdim=True)
-    # The weights 1 / L of a completion's L tokens sum to 1 only up to rounding, so that `count > 1` might hold for one
-    several = count > 1.5
-    std = (squares / (count - 1).where(several, 1.0)).sqrt().where(several, 0.0)
-    tolerance = (values.abs().amax(dim, keepdim=True) * _RELATIVE_SPREAD).clamp(min=_ABSOLUTE_SPREAD)
-    return Moments(mean, std, several & (std > tolerance))
+    mean = (weights * values).sum(dim, keepdim=True) / _at_least_tiny(count)
+    # In place: of a large group each of these tensors counts
+    squares = (values - mean).square_().mul_(weights).sum(dim, keepdim=True)
+    return Moments(count, mean, squares, values.abs().amax(dim, keepdim=True))
+
+
+def merged(parts: Moments) -> Moments:
+    r"""
+    The moments of several sets together, from those of each.
+
+    `n = sum_b n_b`
+
+    `mean = sum_b n_b mean_b / n`
+
+    `squares = sum_b squares_b + n_b (mean_b - mean)^2`
+
+    No difference of large sums is taken, so nothing is lost where the mean is much larger than the spread.
+
+    Args:
+        parts ([`Moments`]):
+            The sets b along the first axis, which the result keeps with size 1.
+    """
+    count = parts.number.sum(0, keepdim=True)
+    mean = (parts.number * parts.mean).sum(0, keepdim=True) / _at_least_tiny(count)
+    squares = (parts.squares + parts.number * (parts.mean - mean) ** 2).sum(0, keepdim=True)
+    return Moments(count, mean, squares, parts.largest.amax(0, keepdim=True))
+
+
+def _at_least_tiny(count: torch.Tensor) -> torch.Tensor:
+    return count.clamp(min=torch.finfo(count.dtype).tiny)
 
 
 def compare(
@@ -74,6 +133,7 @@ def compare(
     scale: str,
     eps: float,
     baseline: torch.Tensor | None = None,
+    batch: Moments | None = None,
 ) -> Comparison:
     """
     What [`standardize`] compares the values with.
@@ -92,6 +152,8 @@ def compare(
             Added to the std.
         baseline (`torch.Tensor`, *optional*):
             Broadcasts against the values. By default the group's mean.
+        batch ([`Moments`], *optional*):
+            Of all groups, where these are not all of them; for the scale `"batch"`.
 
     Returns:
         [`Comparison`].
@@ -101,7 +163,8 @@ def compare(
     has_spread = group.has_spread
     std = group.std
     if scale == "batch":
-        batch = weighted_moments(values_PGT, weights_PGT, (0, *group_dims))
+        if batch is None:
+            batch = weighted_moments(values_PGT, weights_PGT, (0, *group_dims))
         # Spread of one group above the rounding may be below it beside the larger values of the batch
         has_spread = has_spread & batch.has_spread
         std = batch.std
@@ -109,29 +172,26 @@ def compare(
     return Comparison(mean, std, divisor, has_spread & (weights_PGT > 0))
 
 
-def standardize(
-    values_PGT: torch.Tensor,
-    weights_PGT: torch.Tensor,
-    group_dims: tuple[int, ...],
-    *,
-    scale: str,
-    eps: float,
-    baseline: torch.Tensor | None = None,
-) -> torch.Tensor:
+def standardize(values_PGT: torch.Tensor, compared: Comparison, *, scale: str) -> torch.Tensor:
     r"""
     Values minus a baseline, over a standard deviation; 0 where the weight is 0 or the compared values have no spread.
 
     `(x - baseline) / (std + eps)`
 
-    Takes the arguments of [`compare`].
+    Args:
+        values_PGT (`torch.Tensor` of shape `(P, G, T)`):
+            x, by group.
+        compared ([`Comparison`]):
+            From [`compare`], with the same values.
+        scale (`str`):
+            As for [`compare`]; with `"none"` nothing is divided.
 
     Returns:
         `torch.Tensor` of shape `(P, G, T)`.
     """
-    compared = compare(values_PGT, weights_PGT, group_dims, scale=scale, eps=eps, baseline=baseline)
     centred_PGT = values_PGT - compared.mean
     if scale != "none":
-        centred_PGT = centred_PGT / compared.divisor
+        centred_PGT /= compared.divisor
     return centred_PGT.where(compared.counted, 0.0)
 
 

@@ -1,14 +1,15 @@
 """The sum that makes an advantage, source by source: what each one earns, what that is compared with, what it adds."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..advantages.combine import Sources, compare_with_batch, make_sources
-from ..advantages.estimators import Estimator, EstimatorInputs, find_comparison, find_estimator
-from ..advantages.normalization import Comparison, pack_order
+from ..advantages.combine import counted_in_sum, inputs_of_sum, moments_over_completions
+from ..advantages.comparisons import EstimatorInputs, statistics_on_tokens
+from ..advantages.estimators import Estimator
+from ..advantages.normalization import Comparison
+from ..advantages.settings import AdvantageSettings
+from ..advantages.sources import PackedSources, make_sources
 
 
 class Decomposition(NamedTuple):
@@ -71,44 +72,36 @@ def decompose(
     mask_NT: torch.Tensor,
     weights_K: torch.Tensor,
     group_size: int,
-    *,
-    estimator: str | Estimator,
-    gamma: float | Sequence[float],
-    gamma_unit: str = "token",
-    options: Mapping[str, Any] | None = None,
-    aggregation: str = "sum_then_normalize",
-    scale: str = "group",
-    eps: float = 1e-4,
+    settings: AdvantageSettings,
 ) -> Decomposition:
     """
     The sums that [`~trl_grpo_ext.advantages.combine.process_advantages`] adds up; takes its arguments.
 
-    A source of weight 0 has its rewards, adds 0 and is compared with nothing. Of an estimator of the user's own,
-    rewards are known, and returns if it normalises these; nothing else.
+    A source of weight 0 has its rewards, adds 0 and is compared with nothing. Of an estimator of the user's own that
+    does not say what it compares, rewards are known, and returns if it normalises these; nothing else.
 
     Returns:
         [`Decomposition`] whose `advantages_NT` are those advantages up to rounding, or NaN where they are not known.
     """
-    row = find_estimator(estimator).with_options(options or {})
-    everything = make_sources(rewards_KNT, mask_NT, weights_K, group_size, gamma=gamma, gamma_unit=gamma_unit)
-    order_NT = pack_order(everything.mask_NT)
-    everything = everything.packed(order_NT)
-    sources = everything.without_weight_0()
+    row = settings.row
+    sources = make_sources(rewards_KNT, mask_NT, weights_K, group_size, settings)
+    everything = sources.packed(rewards_KNT.dtype)
     packed = _of_no_source(everything, row)
-    if sources.gammas:
-        explain = _explain_sum if aggregation == "sum_then_normalize" else _explain_normalized
-        explained = explain(sources, row, scale=scale, eps=eps)
-        counted = (everything.weights_K != 0).nonzero()[:, 0]
-        of_tokens = {name: _field(packed, name).index_copy(0, counted, _field(explained, name)) for name in _OF_TOKENS}
+    counted = [k for k, weight in enumerate(weights_K.tolist()) if weight != 0]
+    if counted:
+        explain = _explain_sum if settings.aggregation == "sum_then_normalize" else _explain_normalized
+        explained = explain(everything.chosen(counted), row, scale=settings.std_scale, eps=settings.eps)
+        index = torch.tensor(counted, device=rewards_KNT.device)
+        of_tokens = {name: _field(packed, name).index_copy(0, index, _field(explained, name)) for name in _OF_TOKENS}
         packed = explained._replace(**of_tokens)
-    return _unpacked(packed, everything.mask_NT, order_NT)
+    return _unpacked(packed, everything, mask_NT)
 
 
 def _field(decomposition: Decomposition, name: str) -> torch.Tensor:
     return decomposition._asdict()[name]
 
 
-def _of_no_source(sources: Sources, row: Estimator) -> Decomposition:
+def _of_no_source(sources: PackedSources, row: Estimator) -> Decomposition:
     """What is known of sources of weight 0: their rewards, and that they add nothing."""
     unknown = [torch.full_like(sources.rewards_KNT, torch.nan) for _ in range(4)]
     return Decomposition(
@@ -120,51 +113,50 @@ def _of_no_source(sources: Sources, row: Estimator) -> Decomposition:
     )
 
 
-def _unpacked(packed: Decomposition, packed_mask_NT: torch.Tensor, order_NT: torch.Tensor) -> Decomposition:
+def _unpacked(packed: Decomposition, sources: PackedSources, mask_NT: torch.Tensor) -> Decomposition:
     """Loss tokens back at their places, and NaN on all other tokens."""
 
     def unpack(values_KNT: torch.Tensor) -> torch.Tensor:
-        known_KNT = values_KNT.where(packed_mask_NT, torch.nan)
-        return torch.empty_like(known_KNT).scatter(2, order_NT.expand_as(known_KNT), known_KNT)
+        known_KNT = values_KNT.where(sources.mask_NT, torch.nan)
+        return sources.unpacked(known_KNT, known_KNT.new_full((len(known_KNT), *mask_NT.shape), torch.nan))
 
     return packed._replace(**{name: unpack(_field(packed, name)) for name in _OF_TOKENS})
 
 
-def _explain_sum(sources: Sources, row: Estimator, *, scale: str, eps: float) -> Decomposition:
+def _explain_sum(sources: PackedSources, row: Estimator, *, scale: str, eps: float) -> Decomposition:
     """
     Of `"sum_then_normalize"`: means are linear, so the mean of the sum is the weighted sum of the sources' means.
 
     All of them are over the values that count in the sum: those of all sources' judged completions or steps.
     """
-    given_NT = sources.given_NT
-    judged_N = given_NT.any(1)
+    summed = inputs_of_sum(sources, row, scale=scale, eps=eps)
+    counted_NT = counted_in_sum(summed, row)
     shaped_KNT = row.shape_rewards(sources.rewards_KNT)
     normalizes_returns = row.normalizes == "returns"
     unknown_KNT = torch.full_like(shaped_KNT, torch.nan)
     if normalizes_returns:
         values_KNT = torch.stack([sources.returns(rewards_NT, k) for k, rewards_NT in enumerate(shaped_KNT)])
-        counted_NT = sources.mask_NT & judged_N[:, None]
     else:
-        values_KNT = shaped_KNT.nan_to_num().where(given_NT, torch.nan)
-        counted_NT = given_NT
-    offset_N = shaped_KNT.new_zeros(len(judged_N))
-    compare = find_comparison(row)
-    if compare is None:
+        values_KNT = shaped_KNT.nan_to_num().where(counted_NT, torch.nan)
+    offset_N = shaped_KNT.new_zeros(len(counted_NT))
+    if not row.compares:
         returns_KNT = values_KNT if normalizes_returns else unknown_KNT
         unknown = [unknown_KNT] * 4
         return Decomposition(shaped_KNT, returns_KNT, *unknown, offset_N=offset_N, batch_divisor=1.0)
 
-    compared = partial(_compare, compare, sources, judged_N, scale, eps)
-    total = compared(sources.weighted_sum(values_KNT))
+    def compared(inputs: EstimatorInputs) -> Comparison:
+        return statistics_on_tokens(row.compare(inputs), inputs)
+
+    total = compared(summed)
     differs_NT = counted_NT & total.counted
-    mean_KNT = torch.stack([compared(values_NT).mean for values_NT in values_KNT])
+    mean_KNT = torch.stack([compared(summed._replace(values_NT=values_NT)).mean for values_NT in values_KNT])
     normalized_KNT = ((values_KNT - mean_KNT) / total.divisor).where(differs_NT, 0.0)
     if normalizes_returns:
         returns_KNT = values_KNT
         shares_KNT = normalized_KNT
     else:
         # All gammas are equal here
-        returns_KNT = torch.stack([sources.returns(z_NT.where(given_NT, torch.nan), 0) for z_NT in normalized_KNT])
+        returns_KNT = torch.stack([sources.returns(z_NT.where(counted_NT, torch.nan), 0) for z_NT in normalized_KNT])
         shares_KNT = returns_KNT
     return Decomposition(
         shaped_KNT,
@@ -178,24 +170,15 @@ def _explain_sum(sources: Sources, row: Estimator, *, scale: str, eps: float) ->
     )
 
 
-def _compare(
-    compare: Callable[[EstimatorInputs], Comparison],
-    sources: Sources,
-    judged_N: torch.Tensor,
-    scale: str,
-    eps: float,
-    values_NT: torch.Tensor,
-) -> Comparison:
-    return compare(EstimatorInputs(values_NT, sources.mask_NT, judged_N, sources.group_size, scale, eps))
-
-
-def _explain_normalized(sources: Sources, row: Estimator, *, scale: str, eps: float) -> Decomposition:
-    """Of `"normalize_then_sum"`, which has no use for the scale: each source by itself, and the batch's step."""
-    alone = [_explain_sum(sources.single(k), row, scale="group", eps=eps) for k in range(len(sources.gammas))]
+def _explain_normalized(sources: PackedSources, row: Estimator, *, scale: str, eps: float) -> Decomposition:
+    """Of `"normalize_then_sum"`: each source by itself, and the batch's step."""
+    alone = [_explain_sum(sources.single(k), row, scale=scale, eps=eps) for k in range(len(sources.gammas))]
     joined = {name: torch.cat([_field(part, name) for part in alone]) for name in _OF_TOKENS}
     shares_KNT = sources.weights_K[:, None, None] * joined["shares_KNT"]
-    batch = compare_with_batch(sources, shares_KNT.sum(0), eps=eps)
-    divisor = batch.divisor.item()
-    joined["shares_KNT"] = (shares_KNT / divisor).where(batch.counted | shares_KNT.isnan(), 0.0)
-    offset_N = (-batch.mean[0] / divisor).expand(len(batch.counted)).where(batch.counted.any(1), 0.0)
+    judged_N = sources.given_NT.any(1)
+    batch = moments_over_completions(shares_KNT.sum(0), sources.mask_NT, judged_N)
+    divisor = (batch.std + eps).item()
+    counted_NT = sources.mask_NT & judged_N[:, None] & batch.has_spread
+    joined["shares_KNT"] = (shares_KNT / divisor).where(counted_NT | shares_KNT.isnan(), 0.0)
+    offset_N = (-batch.mean[0] / divisor).expand(len(judged_N)).where(counted_NT.any(1), 0.0)
     return Decomposition(**joined, offset_N=offset_N, batch_divisor=divisor)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..metrics import outcome_correlations, step_metrics
+from ..metrics import outcome_correlations, reward_stats, step_metrics
 
 
 STATE_NAME = "trainer_state.json"
@@ -97,10 +97,11 @@ def figures_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         returned = [value for row in rows if row["sources"][k]["is_steps"] for value in row["sources"][k]["returned"]]
         if returned:
             figures[f"rewards/{name}/unscored"] = returned.count(None) / len(returned)
-    figures |= step_metrics(names, rewards_KNT, mask_NT, has_steps_K)
+    stats = reward_stats(rewards_KNT, mask_NT)
+    figures |= step_metrics(names, stats, has_steps_K)
     if len({row["group"] for row in rows}) * max(row["completion"] + 1 for row in rows) == len(rows):
         group_size = len(rows) // len({row["group"] for row in rows})
-        figures |= outcome_correlations(names, rewards_KNT, has_steps_K, group_size)
+        figures |= outcome_correlations(names, stats.scores_KN, has_steps_K, group_size)
     for name in ("kl", "entropy"):
         values = [value for row in rows for _, value in on_loss_tokens(row, name)]
         figures[name] = sum(values) / len(values) if values else math.nan

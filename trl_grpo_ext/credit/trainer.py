@@ -13,9 +13,6 @@ from torch import nn
 from transformers.utils import logging
 
 from .._swapped import swapped
-from ..advantages.combine import gamma_per_source
-from ..advantages.estimators import find_estimator
-from ..distributed import local_rows
 from ..loss import completion_logps
 from ..model_card import ModelCardTrainer
 from ..rewards.gating import NO_GATE
@@ -89,7 +86,6 @@ class CreditTrainer(ModelCardTrainer):
         batch: ScoredBatch,
         completion_ids: list[list[int]],
         judgements_KB: list[list[tuple[Reward, Reward]]],
-        advantage_settings: Mapping[str, Any],
     ) -> None:
         """
         Begin to record a batch that is scored and has its advantages.
@@ -103,8 +99,6 @@ class CreditTrainer(ModelCardTrainer):
                 This process's completions, without padding.
             judgements_KB (`list[list[tuple]]`):
                 Each source's rewards of these, as returned and after its transform.
-            advantage_settings (`Mapping[str, Any]`):
-                Keywords of [`~trl_grpo_ext.advantages.combine.process_advantages`].
         """
         count = len(completion_ids)
         first = self.accelerator.process_index * count
@@ -119,7 +113,7 @@ class CreditTrainer(ModelCardTrainer):
         self._recordings[self._mode] = Recording(self._mode, self._credit_step, rows, passes)
         self._recorded_step[self._mode] = self._credit_step
         if self.accelerator.is_main_process:
-            self._recorded_batches[self._mode] = self._explained(batch, recorded, advantage_settings)
+            self._recorded_batches[self._mode] = self._explained(batch, recorded)
 
     def _completion_row(
         self,
@@ -145,14 +139,10 @@ class CreditTrainer(ModelCardTrainer):
         row["truncated"] = len(ids) >= cast(int, self.max_completion_length) and not ended
         return row
 
-    def _explained(
-        self, batch: ScoredBatch, recorded: int, advantage_settings: Mapping[str, Any]
-    ) -> tuple[ScoredBatch, Decomposition]:
+    def _explained(self, batch: ScoredBatch, recorded: int) -> tuple[ScoredBatch, Decomposition]:
         """The rows that are recorded, and the sums that make their advantages."""
-        of_groups = (
-            advantage_settings["aggregation"] == "sum_then_normalize" and advantage_settings["scale"] != "batch"
-        )
-        if of_groups:
+        settings = self.args.advantage_settings
+        if not settings.compares_groups:
             batch = batch._replace(
                 rewards_KNT=batch.rewards_KNT[:, :recorded],
                 withheld_NK=batch.withheld_NK[:recorded],
@@ -160,7 +150,7 @@ class CreditTrainer(ModelCardTrainer):
             )
         rewards_KNT = batch.counted_KNT.cpu().double()
         weights_K = self.reward_weights.cpu()
-        return batch, decompose(rewards_KNT, batch.mask_NT.cpu(), weights_K, batch.group_size, **advantage_settings)
+        return batch, decompose(rewards_KNT, batch.mask_NT.cpu(), weights_K, batch.group_size, settings)
 
     def _compute_loss(self, model, inputs):
         # "sequence_token" has other old log-probs in its copy
@@ -220,29 +210,26 @@ class CreditTrainer(ModelCardTrainer):
 
     def _source_settings(self) -> list[dict[str, Any]]:
         names = self.reward_func_names
-        is_process = self.args.supervision == "process"
-        gammas = gamma_per_source(cast(float | list[float], self.args.gamma) if is_process else 1.0, len(names))
         columns = {
             "name": names,
             "weight": self.reward_weights.tolist(),
-            "gamma": gammas,
+            "gamma": self.args.advantage_settings.gammas(len(names)),
             "transform": self.args.reward_transforms or ["none"] * len(names),
             "gate": self.args.outcome_gate or [NO_GATE] * len(names),
         }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _credit_settings(self) -> dict[str, Any]:
-        is_process = self.args.supervision == "process"
-        estimator = self.args.advantage_estimator if is_process else "position"
+        settings = self.args.advantage_settings
         return {
             "supervision": self.args.supervision,
-            "advantage_estimator": estimator,
-            "normalizes": find_estimator(estimator).normalizes,
-            "options": self.args.estimator_options if is_process else {},
-            "gamma_unit": self.args.gamma_unit,
-            "multi_objective_aggregation": self.multi_objective_aggregation,
-            "scale_rewards": self.scale_rewards,
-            "advantage_eps": self.args.advantage_eps,
+            "advantage_estimator": settings.estimator,
+            "normalizes": settings.row.normalizes,
+            "options": settings.options,
+            "gamma_unit": settings.gamma_unit,
+            "multi_objective_aggregation": settings.aggregation,
+            "scale_rewards": settings.scale,
+            "advantage_eps": settings.eps,
             "kl_estimator": self.args.kl_estimator,
             "kl_direction": self.args.kl_direction,
             "beta": self.beta,
@@ -276,7 +263,7 @@ class CreditTrainer(ModelCardTrainer):
         """
         if not self.log_completions or self.args.supervision == "outcome":
             return
-        rewards_BKT = local_rows(self.accelerator, batch.counted_KNT.transpose(0, 1)).tolist()
+        rewards_BKT = batch.counted_KNT[:, batch.own_rows].transpose(0, 1).tolist()
         judged = [source.rewards for source in sources if isinstance(source, RewardSource)]
         completions = []
         for row, ids in enumerate(completion_ids):

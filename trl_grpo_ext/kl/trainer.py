@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -183,7 +184,7 @@ class KLTrainer(GRPOTrainer):
     @property
     def _keeps_trl_kl(self) -> bool:
         """Whether the KL term of the loss, if any, is TRL's own."""
-        return self.args.uses_trl_kl and type(self).per_token_kl is KLTrainer.per_token_kl
+        return self.args.uses_trl_kl and self.per_token_kl == MethodType(KLTrainer.per_token_kl, self)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         forward = model
