@@ -19,6 +19,7 @@ from .presets import resolve_preset
 from .problem import LAST_USER, ProblemLike, ProblemReader, as_problem
 from .progress import scoring_bar
 from .rendering import Problem, Rendered
+from .template_errors import template_errors_named
 from .texts import check_texts
 from .token_budget import collate, most_forwards, token_batches
 
@@ -81,7 +82,8 @@ class RewardModel:
             raise ValueError(
                 f"preset '{preset.name}' is of kind '{preset.kind}'; {type(self).__name__} needs another."
             )
-        preset.rendering.check(tokenizer)
+        with template_errors_named(f"{self.kind} reward model '{name}'"):
+            preset.rendering.check(tokenizer)
         self.scorer = scorer.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.preset = preset
@@ -219,7 +221,8 @@ class RewardModel:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.base_name, **checkpoint.base_location)
         # Before the weights are loaded, which takes longer
-        preset.rendering.check(tokenizer)
+        with template_errors_named(f"{cls.kind} reward model '{checkpoint.name}'"):
+            preset.rendering.check(tokenizer)
         scorer = load_scorer(
             checkpoint,
             preset,
@@ -292,7 +295,8 @@ class RewardModel:
         return self._problem.read(prompts, columns, self._source, (self.policy_tokenizer, self.tokenizer))
 
     def _render(self, problem: Problem, steps: Sequence[str]) -> Rendered:
-        rendered = self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
+        with template_errors_named(self._source):
+            rendered = self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
         if steps and not rendered.ids:
             warn_of_template(self._source)
         return rendered
