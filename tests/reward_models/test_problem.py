@@ -222,7 +222,8 @@ def test_a_template_that_refuses_a_conversation_is_named(causal):
     tokenizer = copy.copy(byte_tokenizer())
     refuses = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
     tokenizer.chat_template = refuses + "{{ m['content'] }}<|im_end|>{% endfor %}"
-    message = f"process reward model '{causal}': its chat template refuses the conversation: No system"
+    tokenizer.name_or_path = "a-tokenizer"
+    message = "the chat template of the tokenizer 'a-tokenizer' refuses the roles system, user, .*assistant: No system"
     with pytest.raises(ValueError, match=message):
         ProcessRewardModel.from_pretrained(causal, preset=CHAT, tokenizer=tokenizer)
     preset = dataclasses.replace(CHAT, rendering=Tagged(tag="<extra_0>", chat=True))
@@ -230,7 +231,7 @@ def test_a_template_that_refuses_a_conversation_is_named(causal):
     with pytest.raises(ValueError, match=message):
         model.score_steps([PROMPT], [["5"]])
     remote = RemoteProcessRewardModel(URL, preset=preset, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="Remote.* its chat template refuses the conversation: No system"):
+    with pytest.raises(ValueError, match=message):
         asyncio.run(remote.score_steps([PROMPT], [["5"]]))
 
 

@@ -19,7 +19,6 @@ from .presets import resolve_preset
 from .problem import LAST_USER, ProblemLike, ProblemReader, as_problem
 from .progress import scoring_bar
 from .rendering import Problem, Rendered
-from .template_errors import template_errors_named
 from .texts import check_texts
 from .token_budget import collate, most_forwards, token_batches
 
@@ -82,8 +81,7 @@ class RewardModel:
             raise ValueError(
                 f"preset '{preset.name}' is of kind '{preset.kind}'; {type(self).__name__} needs another."
             )
-        with template_errors_named(f"{self.kind} reward model '{name}'"):
-            preset.rendering.check(tokenizer)
+        preset.rendering.check(tokenizer)
         self.scorer = scorer.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.preset = preset
@@ -221,8 +219,7 @@ class RewardModel:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.base_name, **checkpoint.base_location)
         # Before the weights are loaded, which takes longer
-        with template_errors_named(f"{cls.kind} reward model '{checkpoint.name}'"):
-            preset.rendering.check(tokenizer)
+        preset.rendering.check(tokenizer)
         scorer = load_scorer(
             checkpoint,
             preset,
@@ -295,8 +292,7 @@ class RewardModel:
         return self._problem.read(prompts, columns, self._source, (self.policy_tokenizer, self.tokenizer))
 
     def _render(self, problem: Problem, steps: Sequence[str]) -> Rendered:
-        with template_errors_named(self._source):
-            rendered = self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
+        rendered = self.preset.rendering.render(self.tokenizer, problem, steps, self.max_length)
         if steps and not rendered.ids:
             warn_of_template(self._source)
         return rendered

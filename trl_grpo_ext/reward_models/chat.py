@@ -138,7 +138,7 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
         [`WrittenChat`]
 
     Raises:
-        ValueError: the template does not write the last message, or writes it several times.
+        ValueError: the template refuses the messages, does not write the last one, or writes it several times.
     """
     text = _apply(tokenizer, messages, [message.content for message in messages])
     last_start = len(os.path.commonprefix([text, _frame_before_last(tokenizer, messages)]))
@@ -164,7 +164,17 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
 
 def _apply(tokenizer: Any, messages: Sequence[Message], contents: Sequence[str]) -> str:
     given = [{**message.fields, "content": text} for message, text in zip(messages, contents, strict=True)]
-    return tokenizer.apply_chat_template(given, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(given, tokenize=False)
+    # A template is a program of the model's, and may raise anything. Its words, such as "System role not supported",
+    # name neither the model nor what it was given
+    except Exception as error:
+        roles = ", ".join(message.fields["role"] for message in messages)
+        raise ValueError(
+            f"the chat template of {named(tokenizer)} refuses the roles {roles}: {error}. They are those of the "
+            "preset's system message, the problem and the solution. problem='last_user', a column or a function of "
+            "yours gives another problem, and a preset of yours another system message."
+        ) from error
 
 
 def _frame_before_last(tokenizer: Any, messages: Sequence[Message]) -> str:

@@ -426,6 +426,9 @@ def _marked_text(text: str) -> list[Piece]:
 
 def _ends_at(chat: WrittenChat, place: int, text: str) -> bool:
     """Whether the last line of a text ends at a place of what a template has written, but for white space."""
+    # Most templates write a step as it is
+    if chat.text.endswith(text, 0, place):
+        return True
     last_line = text.rstrip().rpartition("\n")[2]
     reached = place
     for word in reversed(last_line.split()):

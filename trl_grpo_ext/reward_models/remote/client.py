@@ -18,7 +18,6 @@ from ..problem import LAST_USER, ProblemLike, ProblemReader, as_problem
 from ..progress import scoring_bar
 from ..readings import LabelSoftmax
 from ..rendering import Problem, Rendering
-from ..template_errors import template_errors_named
 from ..texts import check_texts
 from .protocols import (
     OPENRLHF_PATH,
@@ -132,8 +131,7 @@ class RemoteRewardModel(RemoteSource):
         self.max_length = preset.max_length if self.max_length is None else self.max_length
 
     def _render(self, problem: Problem, steps: Sequence[str]) -> Any:
-        with template_errors_named(repr(self)):
-            rendered = self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
+        rendered = self.rendering.render(self.tokenizer, problem, list(steps), self.max_length)
         if steps and not rendered.ids:
             warn_of_template(repr(self))
         return rendered
