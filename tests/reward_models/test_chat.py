@@ -1,6 +1,7 @@
 """Chats against real models' templates, as TRL ships them: the ids are the template's own, and steps are found."""
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,22 @@ def test_templates_that_drop_or_repeat_a_message_and_tokenizers_without_one_are_
             Tagged(tag="\n", chat=True).check(tokenizer)
 
 
+def test_a_template_that_ends_no_message_has_no_token_for_a_score_there(tokenizers):
+    tokenizer = with_template(qwen_tokenizer(), "glm4moe")
+    with pytest.raises(ValueError, match="closing='first': the chat template .* writes nothing after the last step"):
+        Bare(chat=True, closing="first").check(tokenizer)
+    Bare(chat=True, closing="all").check(tokenizer)
+
+
+@pytest.mark.parametrize("rendering", [Tagged(tag="<extra_0>", chat=True), Turns(), Bare(chat=True, after="\n\n")])
+def test_chats_take_time_linear_in_steps_and_in_what_looks_like_special_tokens(rendering):
+    steps = ["a <|im_end|> b"] * 4000
+    start = time.process_time()
+    assert len(rendering.render(byte_tokenizer(), PROBLEM, steps).score_positions) == len(steps)
+    # Less than 1.5 s; quadratic code takes more than 5 s with tags, and more than 10 s with turns
+    assert time.process_time() - start < 4
+
+
 def test_a_tokenizer_without_offsets_finds_the_same_places():
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
     fast = copy.copy(tokenizer_by_name("mistral"))
@@ -211,6 +228,11 @@ def test_a_tokenizer_without_offsets_finds_the_same_places():
         written = [text.replace(" ", "").replace("<0x0A>", "\n") for text in texts]
         frame = "[user]2+3?\n[assistant]"
         assert written == [frame, f"{frame}2+3=5;", f"{frame}2+3=5;so5"]
+    # A tag that would be merged with the text before it
+    for tokenizer in (fast, slow):
+        rendered = Tagged(tag="+", chat=True).render(tokenizer, "2 + 3?", ["x+", "y+"])
+        assert tokenizer.convert_ids_to_tokens(rendered.ids[-5:]) == ["+", "+", "y", "+", "+"]
+        assert rendered.score_positions == [len(rendered.ids) - 4, len(rendered.ids) - 1]
 
 
 def test_the_marks_of_pieces_survive_texts_that_look_like_marks():

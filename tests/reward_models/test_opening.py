@@ -147,6 +147,16 @@ def test_an_outcome_model_is_a_source(tiny_model, tmp_path):
     assert trainer.state.log_history[0]["rewards/orm/std"] > 0
 
 
+def test_options_that_a_classifier_of_trl_does_not_take_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(opening_module.logger, "warning_once", said.append)
+    folder = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
+    assert open_reward_models([folder], {"dtype": "float32"}) == [folder] and said == []
+    assert open_reward_models([folder], {"problem": {"column": "q"}, "max_length": 9, "dtype": "float32"}) == [folder]
+    (message,) = said
+    assert f"'{folder}' is a sequence classifier" in message and "It is without max_length, problem;" in message
+
+
 def test_a_classifier_that_is_given_a_preset_is_not_left_to_trl(tmp_path):
     folder = save_tiny_model(tmp_path / "orm", LlamaForSequenceClassification, LlamaConfig, num_labels=1)
     assert open_reward_model(folder, {}) == folder

@@ -267,7 +267,7 @@ SCORE = {"type": "LinearHead", "name": "score", "outputs": 2}
         ),
         (
             {"reading": LABELS, "head": SCORE, "rendering": {**TAGGED, "prompt": "Question"}},
-            r"preset.rendering: .*rendering:Tagged: prompt is 'Question'",
+            r"preset.rendering: .*renderings:Tagged: prompt is 'Question'",
         ),
         (
             {"reading": LABELS, "head": SCORE, "rendering": {"type": "Bare", "closing": "last"}},

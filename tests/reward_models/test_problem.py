@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import functools
 import json
 
@@ -36,6 +37,10 @@ LAST = {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "
 PROMPT = [SYSTEM, FIRST, ANSWER, LAST]
 CONVERSATION = [SYSTEM, FIRST, ANSWER, {"role": "user", "content": "And times 4?"}]
 IMAGE = {"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "What is this?"}]}
+
+# As TRL's prompts may have it: a message that calls a tool has no content
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+TOOL = {"role": "tool", "name": "add", "content": "5"}
 
 CHAT = Preset(
     name="chat",
@@ -95,6 +100,7 @@ def test_each_choice_gives_its_problem(said):
         ("no_such_module:f", ValueError, "problem='no_such_module:f' cannot be imported"),
         ({"columns": "question"}, ValueError, r"problem is {'columns': 'question'}; a column is given as {'column'"),
         ({"column": 5}, ValueError, "a column is given as"),
+        ({"column": "prompt"}, ValueError, "the prompt is no column here: 'conversation' gives all its messages"),
         (5, TypeError, "problem is 5; known:"),
         (asyncio.sleep, TypeError, "known: .* a function"),
     ],
@@ -115,8 +121,14 @@ def test_a_problem_that_is_none_is_named_with_where_it_comes_from():
         read(lambda prompt: None, ["P"])
     with pytest.raises(TypeError, match="is a conversation, and a text is needed"):
         read(lambda prompt: prompt, [PROMPT], takes_conversations=False)
-    with pytest.raises(TypeError, match="has a parameter 'question', which is no column"):
-        read(question_of, [PROMPT])
+    with pytest.raises(TypeError, match="has a parameter 'question', which is no column .* may name: answer, prompt."):
+        read(question_of, [PROMPT], answer=["5"])
+    for content in (5, {"type": "text", "text": "1?"}, ["1?"], [{"text": "1?"}], [{"type": "text", "text": None}]):
+        for problem in ("last_user", "conversation"):
+            with pytest.raises(TypeError, match="has the content .* A message's content is a text, None, or a list"):
+                read(problem, [[{"role": "user", "content": content}]])
+    with pytest.raises(TypeError, match="it must be a text or a conversation"):
+        read("conversation", [[{"content": "1?"}]])
     with pytest.raises(ValueError, match="also has parts of type image. Reward models .* read text alone"):
         read("conversation", [[IMAGE, ANSWER, LAST]])
     with pytest.raises(ValueError, match="the prompt's last user message, also has parts of type image"):
@@ -159,6 +171,13 @@ def test_the_markers_of_a_template_in_a_plain_prompt_are_said_once(said, prompt,
     assert all(f"source: a prompt that is text holds {marker}, as if" in message for message in said)
 
 
+def test_a_message_may_be_without_content(said):
+    prompt = [FIRST, CALL, TOOL, LAST]
+    assert read("conversation", [prompt]) == [[FIRST, {**CALL, "content": ""}, TOOL, CONVERSATION[-1]]]
+    assert read("last_user", [prompt]) == ["And times 4?"]
+    assert "1 of the user, 1 of the assistant, 1 of the tool; problem=" in said[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The sources
 
@@ -197,6 +216,23 @@ def test_a_template_that_drops_thinking_leaves_solutions_unjudged_and_says_so(ca
     (message,) = warned
     assert f"process reward model '{causal}': the chat template leaves out or rewrites a step" in message
     assert "Segmentation(scope='answer')" in message
+
+
+def test_a_template_that_refuses_a_conversation_is_named(causal):
+    tokenizer = copy.copy(byte_tokenizer())
+    refuses = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    tokenizer.chat_template = refuses + "{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.name_or_path = "a-tokenizer"
+    message = "the chat template of the tokenizer 'a-tokenizer' refuses the roles system, user, .*assistant: No system"
+    with pytest.raises(ValueError, match=message):
+        ProcessRewardModel.from_pretrained(causal, preset=CHAT, tokenizer=tokenizer)
+    preset = dataclasses.replace(CHAT, rendering=Tagged(tag="<extra_0>", chat=True))
+    model = ProcessRewardModel.from_pretrained(causal, preset=preset, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=message):
+        model.score_steps([PROMPT], [["5"]])
+    remote = RemoteProcessRewardModel(URL, preset=preset, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(remote.score_steps([PROMPT], [["5"]]))
 
 
 def test_a_conversation_needs_a_template_and_says_so_before_anything_is_loaded(causal):
@@ -270,6 +306,31 @@ def test_a_judge_is_given_the_problem(monkeypatch, kind):
         data = sent[-1]["messages"][-1]["content"]
         written = json.loads(data[data.index("{") : data.rindex("}") + 1])
         assert written["problem"] == expected
+
+
+@pytest.mark.parametrize("kind", [JudgeSteps, JudgeOutcome])
+def test_a_judge_s_problem_may_be_of_any_column_and_prompt(monkeypatch, kind, said):
+    verdict = {"steps": [{"step": 1, "critique": "", "correct": True}]} if kind is JudgeSteps else {"correct": True}
+    sent = answered(monkeypatch, {"choices": [{"message": {"content": json.dumps({"critique": "", **verdict})}}]})
+    ids = byte_tokenizer().encode("So 20.")
+    columns = {name: [f"the column {name}"] for name in ("problem", "steps", "completion", "hint")}
+    for problem, prompt, expected in [
+        # Names that judges have for something else too
+        *[({"column": name}, [FIRST], f"the column {name}") for name in ("problem", "steps", "completion")],
+        (lambda prompt, hint="none": hint, [FIRST], "the column hint"),
+        (lambda problem: problem, [FIRST], "the column problem"),
+        ("last_user", [FIRST, CALL, TOOL, FIRST], FIRST["content"]),
+        ("last_user", "<|im_start|>user\n1?", "<|im_start|>user\n1?"),
+    ]:
+        judge = kind(URL, "m", problem=problem)
+        judge.policy_tokenizer = byte_tokenizer()
+        asyncio.run(judge([prompt], ["So 20."], completion_ids=[ids], **columns))
+        data = sent[-1]["messages"][-1]["content"]
+        written = json.loads(data[data.index("{") : data.rindex("}") + 1])
+        assert written["problem"].replace("\u2060", "") == expected
+        assert "So 20." in json.dumps(written)
+    left_out, markers = said
+    assert "1 of the user, 1 of the assistant, 1 of the tool" in left_out and "holds <|im_start|>, as if" in markers
 
 
 def test_a_judge_s_own_template_writes_a_conversation_after_its_roles(monkeypatch):

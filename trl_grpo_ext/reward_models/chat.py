@@ -102,6 +102,11 @@ class WrittenChat(NamedTuple):
         return bisect_left(self.spans, place, key=lambda span: span[0]) - 1
 
 
+def named(tokenizer: Any) -> str:
+    """A tokenizer in an error."""
+    return f"the tokenizer '{tokenizer.name_or_path}'"
+
+
 def special_tokens(tokenizer: Any) -> set[str]:
     """The special tokens of a tokenizer, those without a role among them."""
     added = tokenizer.added_tokens_decoder.values()
@@ -133,7 +138,7 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
         [`WrittenChat`]
 
     Raises:
-        ValueError: the template does not write the last message, or writes it several times.
+        ValueError: the template refuses the messages, does not write the last one, or writes it several times.
     """
     text = _apply(tokenizer, messages, [message.content for message in messages])
     last_start = len(os.path.commonprefix([text, _frame_before_last(tokenizer, messages)]))
@@ -151,7 +156,7 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
     if not tokenizer.is_fast:
         # Where its tokens are in the text is not known, but where a text of its own ends is
         ends = [len(piece.text) * piece.is_meant for piece in pieces]
-        cuts = [last_start, *(mark + end for mark, end in zip(marks, ends, strict=True) if mark is not None)]
+        cuts += [last_start, *(mark + end for mark, end in zip(marks, ends, strict=True) if mark is not None)]
     plain = _plain_runs(text, special, [place for place in lookalikes if place is not None])
     ids, spans = _tokenize(tokenizer, text, cuts, plain)
     return WrittenChat(text, ids, spans, last_start, marks)
@@ -159,7 +164,17 @@ def write_chat(tokenizer: Any, messages: Sequence[Message], apart: bool = False)
 
 def _apply(tokenizer: Any, messages: Sequence[Message], contents: Sequence[str]) -> str:
     given = [{**message.fields, "content": text} for message, text in zip(messages, contents, strict=True)]
-    return tokenizer.apply_chat_template(given, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(given, tokenize=False)
+    # A template is a program of the model's, and may raise anything. Its words, such as "System role not supported",
+    # name neither the model nor what it was given
+    except Exception as error:
+        roles = ", ".join(message.fields["role"] for message in messages)
+        raise ValueError(
+            f"the chat template of {named(tokenizer)} refuses the roles {roles}: {error}. They are those of the "
+            "preset's system message, the problem and the solution. problem='last_user', a column or a function of "
+            "yours gives another problem, and a preset of yours another system message."
+        ) from error
 
 
 def _frame_before_last(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -169,7 +184,9 @@ def _frame_before_last(tokenizer: Any, messages: Sequence[Message]) -> str:
     frame, *others = _apply(tokenizer, messages, [*contents, stand_in]).split(stand_in)
     if len(others) != 1:
         role = messages[-1].fields["role"]
-        raise ValueError(f"the chat template writes a message of the {role} {len(others)} times, not once.")
+        raise ValueError(
+            f"the chat template of {named(tokenizer)} writes a message of the {role} {len(others)} times, not once."
+        )
     return frame
 
 
@@ -186,10 +203,15 @@ def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
 
 def _lookalikes(message: Message, special: re.Pattern[str]) -> list[int]:
     """Places within what looks like a special token and is not meant as one."""
-    pairs = zip(message.spans, message.pieces, strict=True)
-    meant = [span for span, piece in pairs if piece.is_meant]
-    found = [Span(*match.span()) for match in special.finditer(message.content)]
-    return [start + 1 for start, end in found if not any(span.start <= start and end <= span.end for span in meant)]
+    spans = message.spans
+    starts = [span.start for span in spans]
+    places = []
+    for match in special.finditer(message.content):
+        # The last piece that begins before it or with it, so that pieces without text are none
+        own = bisect_right(starts, match.start()) - 1
+        if not message.pieces[own].is_meant or spans[own].end < match.end():
+            places.append(match.start() + 1)
+    return places
 
 
 def _find(
@@ -253,11 +275,16 @@ def _plain_runs(text: str, special: re.Pattern[str], lookalikes: Sequence[int]) 
     if not lookalikes:
         return []
     found = [Span(*match.span()) for match in special.finditer(text)]
-    true = [span for span in found if not any(span.start < place < span.end for place in lookalikes)]
+    true = [span for span in found if not _holds_any(span, lookalikes)]
     starts = [0, *(span.end for span in true)]
     ends = [*(span.start for span in true), len(text)]
     runs = [Span(start, end) for start, end in zip(starts, ends, strict=True)]
-    return [run for run in runs if any(run.start < place < run.end for place in lookalikes)]
+    return [run for run in runs if _holds_any(run, lookalikes)]
+
+
+def _holds_any(span: Span, places: Sequence[int]) -> bool:
+    """Whether one of increasing places is within a span, and not at its ends."""
+    return bisect_right(places, span.start) < bisect_left(places, span.end)
 
 
 def _tokenize(
@@ -270,10 +297,12 @@ def _tokenize(
     the piece's characters, so that the last token of a piece is the last one that begins before the piece's end.
     """
     edges = {edge for span in plain for edge in span}
+    starts = [span.start for span in plain]
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     for start, end in itertools.pairwise(sorted({0, len(text), *cuts, *edges})):
-        is_plain = any(span.start <= start and end <= span.end for span in plain)
+        own = bisect_right(starts, start) - 1
+        is_plain = own >= 0 and end <= plain[own].end
         piece = text[start:end]
         if not tokenizer.is_fast:
             encode = encode_text if is_plain else encode_template

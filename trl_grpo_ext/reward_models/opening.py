@@ -1,13 +1,15 @@
 """What a bare model id in `reward_funcs` stands for, and how it is loaded."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from accelerate import Accelerator, DistributedType, PartialState
 from torch import nn
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
 
+from ..distributed import is_main_process
 from ..rewards.types import PreparableSource
 from .base import RewardModel
 from .checkpoint import ADAPTER_PREFIX, Checkpoint, locate_checkpoint, split_options, whole_on_every_process
@@ -16,6 +18,8 @@ from .preset import Preset
 from .presets import find_preset, resolve_preset, warn_of_assumption
 from .token_budget import TokenBatchedModel
 
+
+logger = logging.get_logger(__name__)
 
 # Options that have nothing to do with the weights, which a reward model that shares another one's weights has too
 _BESIDE_WEIGHTS = ("batch_tokens", "max_length", "segmentation", "problem")
@@ -75,6 +79,7 @@ def open_reward_model(model: str, loading: dict[str, Any], opened: Sequence[Any]
     # TRL loads plain sequence classifiers itself
     if preset is None or (given is None and preset.name == "sequence-classification"):
         _check_classifier(checkpoint, loading)
+        _warn_of_unused(checkpoint.name, options)
         return checkpoint.name
     if given is None:
         warn_of_assumption(checkpoint.name, preset)
@@ -114,6 +119,16 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
     for source in sources:
         opened.append(open_reward_model(source, loading, opened) if isinstance(source, str) else source)
     return opened
+
+
+def _warn_of_unused(name: str, options: Mapping[str, Any]) -> None:
+    """Say once which options a classifier does not have that TRL loads and feeds."""
+    unused = [option for option in _BESIDE_WEIGHTS if option in options]
+    if unused and is_main_process():
+        logger.warning_once(
+            f"reward_funcs: '{name}' is a sequence classifier, which TRL loads and feeds itself. It is without "
+            f"{', '.join(unused)}; OutcomeRewardModel.from_pretrained('{name}', ...) takes them. This is said once."
+        )
 
 
 def _check_classifier(checkpoint: Checkpoint, loading: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 LAST_USER = "last_user"
 CONVERSATION = "conversation"
 _COLUMN = "column"
+# The parameter of a function that is no column
+_PROMPT = "prompt"
 
 # What may be given as `problem`
 ProblemLike = str | Mapping[str, str] | Callable[..., Problem]
@@ -45,19 +47,19 @@ def as_problem(value: Any, what: str, takes_conversations: bool) -> Problem:
         `str` or `list[dict]`: the contents of the messages are texts.
 
     Raises:
-        TypeError: neither of the two.
+        TypeError: neither of the two, or a message whose content is none.
         ValueError: a message that has other parts than text.
     """
     if isinstance(value, str):
         return value
-    is_conversation = isinstance(value, (list, tuple)) and all(isinstance(one, Mapping) for one in value)
-    if not is_conversation or not value:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    if not is_list or not all(isinstance(one, Mapping) and isinstance(one.get("role"), str) for one in value):
         raise TypeError(f"{what} is {value!r}; it must be a text" + " or a conversation." * takes_conversations)
     if not takes_conversations:
         raise TypeError(f"{what} is a conversation, and a text is needed: {value!r}.")
     for message in value:
-        check_text_only(message["content"], what)
-    return [{**message, "content": message_text(message["content"])} for message in value]
+        check_text_only(message.get("content"), what)
+    return [{**message, "content": message_text(message.get("content"))} for message in value]
 
 
 class ProblemReader:
@@ -79,7 +81,7 @@ class ProblemReader:
 
     Raises:
         TypeError: `problem` is none of these, or an async function.
-        ValueError: an unknown name, or `"conversation"` for a source that takes texts alone.
+        ValueError: an unknown name, the prompt as a column, or `"conversation"` for a source that takes texts alone.
     """
 
     def __init__(self, problem: ProblemLike, takes_conversations: bool):
@@ -99,7 +101,7 @@ class ProblemReader:
     def required_columns(self) -> list[str]:
         """The columns that the data set must have."""
         if self._parameters is not None:
-            return [name for name in self._parameters.required if name != "prompt"]
+            return [name for name in self._parameters.required if name != _PROMPT]
         return [] if self._column is None else [self._column]
 
     def read(
@@ -124,26 +126,27 @@ class ProblemReader:
         """
         rows = range(len(prompts))
         where = f"{source}, problem"
+        if self._parameters is not None:
+            self._parameters.check({*columns, _PROMPT}, f"{source}: the problem")
         columns = {name: own for name, own in columns.items() if self._takes(name)}
         named = [
             {name: value_of_row(own, row, len(prompts), where, name) for name, own in columns.items()} for row in rows
         ]
-        problems = [self.of_row(prompt, own, source) for prompt, own in zip(prompts, named, strict=True)]
+        problems = [self._of_row(prompt, own, source) for prompt, own in zip(prompts, named, strict=True)]
         self._warn_of_markers(prompts, source, tokenizers)
         return problems
 
     def _takes(self, name: str) -> bool:
         return name == self._column or (self._parameters is not None and self._parameters.takes(name))
 
-    def of_row(self, prompt: Any, columns: Mapping[str, Any], source: str) -> Problem:
-        """The problem of one prompt, with its own values of the columns."""
+    def _of_row(self, prompt: Any, columns: Mapping[str, Any], source: str) -> Problem:
         where = f"{source}: the problem"
         if self._column is not None:
             if self._column not in columns:
                 raise ValueError(f"{where} is the column {self._column!r}, which the data set lacks.")
             return as_problem(columns[self._column], f"{where} (column {self._column!r})", self.takes_conversations)
         if self._function is not None and self._parameters is not None:
-            arguments = self._parameters.select({**columns, "prompt": prompt}, where)
+            arguments = self._parameters.select({**columns, _PROMPT: prompt}, where)
             return as_problem(self._function(**arguments), f"{where} (of your function)", self.takes_conversations)
         if self.problem == CONVERSATION and not isinstance(prompt, str):
             return as_problem(prompt, where, takes_conversations=True)
@@ -154,7 +157,11 @@ class ProblemReader:
         if isinstance(prompt, str) or "left out" in self._said:
             return
         asked = [index for index, message in enumerate(prompt) if message["role"] == "user"][-1:]
-        others = [message["role"] for index, message in enumerate(prompt) if index not in asked and message["content"]]
+        others = [
+            message["role"]
+            for index, message in enumerate(prompt)
+            if index not in asked and (message.get("content") or message.get("tool_calls"))
+        ]
         if not others:
             return
         counted = ", ".join(f"{others.count(role)} of the {role}" for role in dict.fromkeys(others))
@@ -175,8 +182,8 @@ class ProblemReader:
                 self._warn(
                     "markers",
                     f"{source}: a prompt that is text holds {', '.join(found)}, as if a chat template had written it. "
-                    "It is the problem as it is, so that the template would be nested in the reward model's own. Give "
-                    "prompts as messages, or the problem as a column or a function of yours. This is said once.",
+                    "It is the problem as it is, with the template in it. Give prompts as messages, or the problem as "
+                    "a column or a function of yours. This is said once.",
                 )
                 return
 
@@ -191,6 +198,11 @@ def _column_of(problem: Any) -> str | None:
         return None
     if list(problem) != [_COLUMN] or not isinstance(problem[_COLUMN], str):
         raise ValueError(f"problem is {dict(problem)!r}; a column is given as {{'column': name}}.")
+    if problem[_COLUMN] == _PROMPT:
+        raise ValueError(
+            f"problem is {dict(problem)!r}; the prompt is no column here: {CONVERSATION!r} gives all its messages, "
+            f"and {LAST_USER!r} the last one of the user."
+        )
     return problem[_COLUMN]
 
 

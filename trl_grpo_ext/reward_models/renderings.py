@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from .chat import Message, Piece, WrittenChat, special_ids, write_chat
+from .chat import Message, Piece, WrittenChat, named, special_ids, write_chat
 from .encoding import continue_text, continue_with, encode_template, encode_text, one_id
 from .rendering import Problem, Rendered, RenderedStep, Rendering
 
@@ -91,10 +91,10 @@ class _Prompted(Rendering):
             return
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"the rendering needs a chat template, and {_named(tokenizer)} has none; give another tokenizer."
+                f"the rendering needs a chat template, and {named(tokenizer)} has none; give another tokenizer."
             )
         if self._places(tokenizer, self._write(tokenizer, _TRIED_PROBLEM, _TRIED_STEPS), _TRIED_STEPS) is None:
-            raise ValueError(f"the chat template of {_named(tokenizer)} leaves out or rewrites steps.")
+            raise ValueError(f"the chat template of {named(tokenizer)} leaves out or rewrites steps.")
 
     def _start_ids(self, tokenizer: Any) -> list[int]:
         """Ids before the question or the chat."""
@@ -302,7 +302,7 @@ class Turns(_Prompted):
             if chat.ids[index] != answer:
                 raise ValueError(
                     f"the answer {self.answer!r} is the id {answer}, but with the chat template of "
-                    f"{_named(tokenizer)} it is {chat.ids[index]}."
+                    f"{named(tokenizer)} it is {chat.ids[index]}."
                 )
             # The answer is predicted at the token before it
             places.append(_Place(index - 1, index + 1))
@@ -405,6 +405,10 @@ class Bare(_Prompted):
 
     def _token_that_ends(self, tokenizer: Any, chat: WrittenChat, last: int) -> int:
         """The token that ends the message whose last one is given: the next special one, else the next one."""
+        if last + 1 == len(chat.ids):
+            raise ValueError(
+                f"closing='first': the chat template of {named(tokenizer)} writes nothing after the last step."
+            )
         special = special_ids(tokenizer)
         return next((index for index in range(last + 1, len(chat.ids)) if chat.ids[index] in special), last + 1)
 
@@ -420,11 +424,17 @@ def _marked_text(text: str) -> list[Piece]:
     return [Piece(text[: len(text) - len(words)]), Piece(words, is_marked=True)]
 
 
-def _named(tokenizer: Any) -> str:
-    return f"the tokenizer '{tokenizer.name_or_path}'"
-
-
 def _ends_at(chat: WrittenChat, place: int, text: str) -> bool:
     """Whether the last line of a text ends at a place of what a template has written, but for white space."""
-    last_line = "".join(text.rstrip().rpartition("\n")[2].split())
-    return "".join(chat.text[:place].split()).endswith(last_line)
+    # Most templates write a step as it is
+    if chat.text.endswith(text, 0, place):
+        return True
+    last_line = text.rstrip().rpartition("\n")[2]
+    reached = place
+    for word in reversed(last_line.split()):
+        while reached and chat.text[reached - 1].isspace():
+            reached -= 1
+        if not chat.text.endswith(word, 0, reached):
+            return False
+        reached -= len(word)
+    return True

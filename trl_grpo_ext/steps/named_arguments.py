@@ -1,7 +1,7 @@
 """The arguments that a function of the user takes by name, out of those that are offered."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter
 from typing import Any, NamedTuple, Self
 
@@ -54,6 +54,15 @@ class NamedParameters(NamedTuple):
         """Whether an argument of that name can be given."""
         return self.has_kwargs or name in self.names
 
+    def check(self, offered: Collection[str], where: str) -> None:
+        """Raise `TypeError` if a required one is not among the names that are offered."""
+        for name in self.required:
+            if name not in offered:
+                raise TypeError(
+                    f"{where} has a parameter {name!r}, which is no column of the dataset; a function may name: "
+                    f"{', '.join(sorted(offered))}."
+                )
+
     def select(self, offered: Mapping[str, Any], where: str) -> dict[str, Any]:
         """
         The offered arguments that the function takes.
@@ -61,12 +70,7 @@ class NamedParameters(NamedTuple):
         Raises:
             TypeError: a required one is not offered.
         """
-        for name in self.required:
-            if name not in offered:
-                raise TypeError(
-                    f"{where} has a parameter {name!r}, which is no column of the dataset; a function may name: "
-                    f"{', '.join(sorted({*offered, 'problem'}))}."
-                )
+        self.check({*offered, "problem"}, where)
         return {name: value for name, value in offered.items() if self.takes(name)}
 
 

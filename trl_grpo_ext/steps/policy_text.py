@@ -1,6 +1,6 @@
 """What the policy was asked and what it wrote, and the placing of step rewards on its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.utils import logging
@@ -18,6 +18,9 @@ logger = logging.get_logger(__name__)
 # The type of a part of a message that is text, and the key under which the text is
 _TEXT = "text"
 
+# The problem by default, in errors
+_LAST_USER = "the problem, which is the prompt's last user message,"
+
 # Tokens before a turn of which the last ones may be an opening tag of thinking and white space
 _TAG_TOKENS = 32
 
@@ -31,13 +34,14 @@ def last_user_text(prompt: Any) -> str:
             A prompt as TRL gives it to reward functions.
 
     Raises:
+        TypeError: the last user message has a content that is none.
         ValueError: a conversation without a user message, or whose last one has no text or has parts beside it.
     """
     if isinstance(prompt, str):
         return prompt
-    said = [message["content"] for message in prompt if message["role"] == "user"][-1:]
+    said = [message.get("content") for message in prompt if message["role"] == "user"][-1:]
     for content in said:
-        check_text_only(content, "the problem, which is the prompt's last user message,")
+        check_text_only(content, _LAST_USER)
     if not any(kinds_of_parts(content) for content in said):
         raise ValueError(
             "the problem is the text of the prompt's last user message, and there is none in the prompt "
@@ -47,7 +51,24 @@ def last_user_text(prompt: Any) -> str:
 
 
 def check_text_only(content: Any, what: str) -> None:
-    """Raise `ValueError` if a message's content has parts that are no text; `what` names it in the error."""
+    """
+    Check that a message's content is text.
+
+    Args:
+        content (`Any`):
+            The content; `None` for a message that has none, as one with calls of tools alone.
+        what (`str`):
+            Names it in the errors.
+
+    Raises:
+        TypeError: no content at all.
+        ValueError: parts that are no text.
+    """
+    if not _is_content(content):
+        raise TypeError(
+            f"{what} has the content {content!r}. A message's content is a text, None, or a list of parts such as "
+            "{'type': 'text', 'text': 'What is 2 + 3?'}."
+        )
     beside = [kind for kind in kinds_of_parts(content) if kind != _TEXT]
     if beside:
         raise ValueError(
@@ -55,6 +76,14 @@ def check_text_only(content: Any, what: str) -> None:
             "or serves read text alone, since no preset has a model for images. JudgeSteps and JudgeOutcome give the "
             "judge a prompt's images, and reward functions of your own get the whole prompt."
         )
+
+
+def _is_content(content: Any) -> bool:
+    if not isinstance(content, list):
+        return content is None or isinstance(content, str)
+    parts = [part for part in content if isinstance(part, Mapping) and isinstance(part.get("type"), str)]
+    texts = [part.get(_TEXT) for part in parts if part["type"] == _TEXT]
+    return len(parts) == len(content) and all(isinstance(text, str) for text in texts)
 
 
 def kinds_of_parts(content: Any) -> list[str]:

@@ -25,7 +25,7 @@ def images_of(prompt: Any) -> list[str]:
     Raises:
         ValueError: a part of a message that is an image and holds none.
     """
-    contents = [] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [_url(part) for part in parts if part["type"] in IMAGE_TYPES]
 
@@ -36,7 +36,7 @@ def without_images(prompt: Any) -> Any:
         return prompt
     return [
         {**message, "content": [part for part in message["content"] if part["type"] not in IMAGE_TYPES]}
-        if isinstance(message["content"], list)
+        if isinstance(message.get("content"), list)
         else message
         for message in prompt
     ]

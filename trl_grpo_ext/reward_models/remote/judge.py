@@ -22,6 +22,7 @@ from ...steps.segmentation import SegmentationLike, as_segmentation
 from ...steps.step_reward import AsyncStepRewardFunction
 from ..problem import LAST_USER, ProblemLike, ProblemReader
 from ..progress import scoring_bar
+from ..rendering import Problem
 from .answer_cache import AnswerCache, content_key
 from .images import images_of, without_images
 from .judge_formats import JUDGE_FORMATS, JudgeFormat
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _PATH = "/chat/completions"
 _TOKENS_OF_A_PRICE = 1e6
+# Under which a question is handed on; a column of the data set may be called `problem`
+_QUESTION = "_question_of_the_judge"
 # Of the name of a format that has none
 _DIGITS_OF_A_FORMAT = 6
 
@@ -43,6 +46,11 @@ class JudgeBudgetError(RuntimeError):
 
 class _UnparsedAnswer(ValueError):
     """An answer of a judge that gives no rewards."""
+
+
+class _Question(NamedTuple):
+    problem: Problem
+    images: list[str]
 
 
 class _Reply(NamedTuple):
@@ -185,13 +193,25 @@ class _Judge(RemoteSource):
             # The mean over processes is logged
             log_metric(f"rewards/{self.__name__}/cost", self.cost * self._processes)
 
+    def _questions(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[_Question]:
+        """The question of each prompt. An error in one of them costs no judgement."""
+        images = [images_of(prompt) for prompt in prompts]
+        texts = [without_images(prompt) for prompt in prompts]
+        problems = self._problem.read(texts, columns, f"judge '{self.__name__}'")
+        return [_Question(*question) for question in zip(problems, images, strict=True)]
+
     async def _judge(
-        self, batch: "_Batch", prompt: Any, completion: Any, steps: Sequence[str] | None, columns: Mapping[str, Any]
+        self,
+        batch: "_Batch",
+        question: _Question,
+        completion: Any,
+        steps: Sequence[str] | None,
+        columns: Mapping[str, Any],
     ) -> list[float | None] | None:
         """The reward of each step, or of the outcome; `None` for a completion that stays unjudged."""
         text = assistant_text(completion)
-        images = images_of(prompt)
-        problem = self._problem.of_row(without_images(prompt), columns, f"judge '{self.__name__}'")
+        problem = question.problem
+        images = question.images
 
         def fill(template: str, **more: Any) -> str:
             return self._format.fill(template, problem, steps, text, {**columns, **more})
@@ -330,19 +350,20 @@ class JudgeSteps(_Judge):
         prompt_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[StepRewards | None]:
+        questions = self._questions(prompts, columns)
         async with self._batch(len(prompts), columns) as batch:
 
-            async def judge(prompt: Any, steps: Sequence[str], completion: Any, **of_row: Any) -> Any:
-                return await self._judge(batch, prompt, completion, steps, of_row)
+            async def judge(steps: Sequence[str], completion: Any, **of_row: Any) -> Any:
+                return await self._judge(batch, of_row.pop(_QUESTION), completion, steps, of_row)
 
             # `**of_row` would take all columns, and the problem as a text, which an image is not
-            names = ["prompt", "steps", "completion", *self.required_columns]
+            names = ["steps", "completion", _QUESTION, *self._format.columns]
             parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
             judge.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             source = AsyncStepRewardFunction(judge, self._segmentation, self.__name__)
             source.policy_tokenizer = self.policy_tokenizer
             given = {"completion_ids": completion_ids, "tool_mask": tool_mask, "prompt_ids": prompt_ids}
-            return await source(prompts, completions, **given, **columns)
+            return await source(prompts, completions, **given, **{**columns, _QUESTION: questions})
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -369,20 +390,18 @@ class JudgeOutcome(_Judge):
     async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         def of_row(row: int) -> dict[str, Any]:
             where = f"reward source '{self.__name__}', completion {row}"
-            missing = [name for name in self.required_columns if name not in columns]
+            missing = [name for name in self._format.columns if name not in columns]
             if missing:
-                named_by = "format" if missing[0] in self._format.columns else "problem"
-                raise TypeError(f"{where}: the {named_by} names {missing[0]!r}, which is no column of the dataset.")
-            return {
-                name: value_of_row(columns[name], row, len(prompts), where, name) for name in self.required_columns
-            }
+                raise TypeError(f"{where}: the format names {missing[0]!r}, which is no column of the dataset.")
+            return {name: value_of_row(columns[name], row, len(prompts), where, name) for name in self._format.columns}
 
+        questions = self._questions(prompts, columns)
         rows = [of_row(row) for row in range(len(prompts))]
         async with self._batch(len(prompts), columns) as batch:
             judged = await run_together(
                 [
-                    self._judge(batch, prompt, completion, None, own)
-                    for prompt, completion, own in zip(prompts, completions, rows, strict=True)
+                    self._judge(batch, question, completion, None, own)
+                    for question, completion, own in zip(questions, completions, rows, strict=True)
                 ]
             )
         return [None if values is None else values[0] for values in judged]
