@@ -18,7 +18,7 @@ The folders, one for each promise:
 
 The trainer is a chain of subclasses, each in a file of its own: `KLTrainer` (`kl/trainer.py`), `CheckpointedTrainer`
 (`checkpoints/trainer.py`), `ModelCardTrainer` (`model_card.py`), `CreditTrainer` (`credit/trainer.py`),
-`RewardsTrainer` (`rewards/trainer.py`), and last `GRPOExtTrainer` (`trainer.py`), where rewards become advantages.
+`ScoringTrainer` (`scoring.py`), and last `GRPOExtTrainer` (`trainer.py`), where rewards become advantages.
 `config.py` holds the settings, `loss.py` what mirrors TRL's loss, and `_trl.py` everything that is used of TRL.
 
 Shape suffixes used throughout the package (`rewards_KNT` is a tensor of shape `(K, N, T)`):

@@ -109,7 +109,7 @@ MIRRORED = {
     ),
     f"{_TRAINER}._calculate_rewards": Mirrored(
         "how reward functions are called, and the gathered order of their rewards",
-        ("rewards/trainer.py", "rewards/sources.py", "rewards/scored_batch.py"),
+        ("scoring.py", "rewards/sources.py", "rewards/scored_batch.py"),
     ),
     f"{_TRAINER}._generate_and_score_completions": Mirrored(
         "the scalar advantages, the keys of the batch, and the passes of policy and reference",

@@ -29,10 +29,10 @@ from .metrics import as_numbers, completion_means, positive_counts, turn_sums
 from .reward_models.opening import open_reward_models
 from .rewards.arguments import check_columns, check_row, check_source_columns, list_sources
 from .rewards.scored_batch import ScoredBatch
-from .rewards.trainer import RewardsTrainer
+from .scoring import ScoringTrainer
 
 
-class GRPOExtTrainer(RewardsTrainer):
+class GRPOExtTrainer(ScoringTrainer):
     """
     [`~trl.GRPOTrainer`] with process supervision, several weighted reward sources at token level and an exact KL.
 

@@ -29,14 +29,14 @@ _WORD = rf"(?:{'|'.join(STEP_WORDS)}){_BLANK}*(?:[#(（-]{_BLANK}*)?{_NUMBER}"
 # "Step 1/3", "Step 1 of 3"
 _OF_ALL = rf"(?:{_BLANK}*/{_BLANK}*\d{{1,3}}|{_BLANK}+of{_BLANK}+\d{{1,3}})?"
 _LABEL = rf"(?:{_WORD}|{_CHINESE}|\d{{1,3}}{_BLANK}*단계)(?!\d|[.．]\d){_OF_ALL}"
-# "Step 1 (setup):"
-_TITLE = rf"(?:{_BLANK}*[(（][^()（）\n]{{1,80}}[)）])?"
+# "Step 1 (setup):", "Step 1 [setup]:"
+_TITLE = rf"(?:{_BLANK}*[(（\[][^()（）\[\]\n]{{1,80}}[)）\]])?"
 # Headings, quotes, bold and bullets, and the marks of the direction of writing
 _MARKS = r"[#>*_•\u200e\u200f \t-]*"
-_END = r"(?:[*_ \t\u00a0\u202f]*(?:[:：.．、)）]|[-–—]+[ \t]|\r?$))"
+_END = r"(?:[*_ \t\u00a0\u202f]*(?:[:：.．;；、)）\]】]|[-–—]+[ \t]|\r?$))"
 
 _WORDED = re.compile(
-    rf"^{_MARKS}{_LABEL}{_TITLE}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])"
+    rf"^{_MARKS}[(（\[【]?{_LABEL}{_TITLE}{_END}|^{_MARKS}{_CHINESE}(?=[，,\s])"
     rf"|^[>_•\u200e\u200f \t-]*(?:#|\*\*){_MARKS}{_LABEL}",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -45,7 +45,9 @@ _NUMBERED = re.compile(
     re.MULTILINE,
 )
 # A line of the first kinds, or of a number, that says nothing more; a minus sign is no bullet
-_LABEL_ALONE = re.compile(rf"{_MARKS}{_LABEL}[\W_]*|[#>*_ \t]*[(（\[]?\d{{1,3}}[.．:：、)）\]][*_\s]*", re.IGNORECASE)
+_LABEL_ALONE = re.compile(
+    rf"{_MARKS}[(（\[【]?{_LABEL}[\W_]*|[#>*_ \t]*[(（\[]?\d{{1,3}}[.．:：、)）\]][*_\s]*", re.IGNORECASE
+)
 
 
 def numbered_starts(text: str) -> list[int]:

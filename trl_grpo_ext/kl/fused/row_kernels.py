@@ -25,8 +25,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from .row_operations import SWITCH
-from .rows import LossGradients, Rows, Statistics
+from .rows import SWITCH, LossGradients, Rows, Statistics
 
 
 # Of a row's products that one program has in registers at a time: for each thread two loads of 128 bits

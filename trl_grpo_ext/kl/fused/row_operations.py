@@ -8,18 +8,11 @@ from importlib.util import find_spec
 import torch
 
 from ..divergences import DIVERGENCES, Divergence
-from .rows import RowOperations
+from .rows import SWITCH, RowOperations
 from .tiles import TileOperations
 
 
 logger = logging.getLogger(__name__)
-
-SWITCH = "TRL_GRPO_EXT_TRITON"
-"""
-Environment variable that switches the kernels off with `0`.
-
-Unset or `1`: they are used on a GPU where Triton is installed.
-"""
 
 # The rows as they are defined. One of the user's own under the same name has no kernel
 _WITH_KERNELS = (DIVERGENCES["reverse"], DIVERGENCES["forward"])

@@ -18,6 +18,14 @@ import torch
 from .chunks import HeadModel
 
 
+SWITCH = "TRL_GRPO_EXT_TRITON"
+"""
+Environment variable that switches the kernels off with `0`.
+
+Unset or `1`: they are used on a GPU where Triton is installed.
+"""
+
+
 class Statistics(NamedTuple):
     """
     Statistics of each token, all columns.

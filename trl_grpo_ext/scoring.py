@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .._swapped import swapped
-from ..config import GRPOExtConfig
-from ..credit.trainer import CreditTrainer
-from ..metrics import (
+from ._swapped import swapped
+from .config import GRPOExtConfig
+from .credit.trainer import CreditTrainer
+from .metrics import (
     RewardStats,
     TurnStats,
     outcome_correlations,
@@ -21,15 +21,15 @@ from ..metrics import (
     unjudged_shares,
     withheld_shares,
 )
-from ..reward_models.opening import prepare_reward_sources
-from ..reward_models.progress import progress_bars
-from .arguments import check_tool_mask
-from .gating import NO_GATE, gate_indices, withheld_rewards
-from .scored_batch import ScoredBatch, count_steps, outcome_rewards, share_of, token_rewards
-from .sources import RewardSource, StepCounts, parse_model_scores, wrap_source
-from .step_warnings import StepWarnings
-from .types import plain
-from .weights import parse_weight
+from .reward_models.opening import prepare_reward_sources
+from .reward_models.progress import progress_bars
+from .rewards.arguments import check_tool_mask
+from .rewards.gating import NO_GATE, gate_indices, withheld_rewards
+from .rewards.scored_batch import ScoredBatch, count_steps, outcome_rewards, share_of, token_rewards
+from .rewards.sources import RewardSource, StepCounts, parse_model_scores, wrap_source
+from .rewards.step_warnings import StepWarnings
+from .rewards.types import plain
+from .rewards.weights import parse_weight
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,7 @@ class _Scored(NamedTuple):
         return self.scores_NK.masked_fill(self.withheld_NK, torch.nan)
 
 
-class RewardsTrainer(CreditTrainer):
+class ScoringTrainer(CreditTrainer):
     """
     [`~trl.GRPOTrainer`] whose reward sources may give rewards to tokens, with gates, transforms and scheduled weights.
 
