@@ -179,6 +179,7 @@ PRIVATE_NAMES = {
         "transformers.integrations.deepspeed:unset_hf_deepspeed_config",
         "transformers.utils.peft_utils:find_adapter_config_file",
     ],
+    "reward_models/heads.py": ["transformers.activations:ACT2FN"],
     "trainer.py": [f"{_TRAINER}._tag_names"],
 }
 
