@@ -74,7 +74,8 @@ def run_parts(models: Path, output: Path, sharding: str, environments: list[dict
     # Before the forks, so that it is read and imported once
     read_package_metadata_once()
     if sharding.startswith("zero"):
-        importlib.import_module("deepspeed")
+        # Its marks for a profiler cost more than the models of the parts
+        importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False
     # `Trainer.train` and `save_model` collect garbage, which in a fork would copy every page of what was imported
     gc.collect()
     gc.freeze()
