@@ -99,6 +99,8 @@ def tracker(request, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    # Else it goes on reading what later tests print, and logs its failures with their frames, which hold trainers
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
     yield request.param
     shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
