@@ -20,6 +20,20 @@ def is_main_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def warn_once(logger: Any, message: str) -> None:
+    """
+    Log a warning that has not been logged yet, on the process that speaks for all.
+
+    Args:
+        logger:
+            From `transformers.utils.logging.get_logger`.
+        message (`str`):
+            The warning.
+    """
+    if is_main_process():
+        logger.warning_once(message)
+
+
 def gather(accelerator: Accelerator, values_B: torch.Tensor) -> torch.Tensor:
     """Values of all processes along the first axis, in rank order."""
     return cast(torch.Tensor, accelerator.gather(values_B))

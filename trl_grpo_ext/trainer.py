@@ -161,7 +161,7 @@ class GRPOExtTrainer(ScoringTrainer):
     @property
     def _needs_whole_batch(self) -> bool:
         """Whether each process needs the completions of all processes, rather than those of its own groups."""
-        # What is not ours may compare any completions with each other
+        # What is not ours may compare any completions with each other. It may stand in a subclass or on this trainer
         of_override = self.compute_advantages != MethodType(
             GRPOExtTrainer.compute_advantages, self
         ) or self.reward_metrics != MethodType(GRPOExtTrainer.reward_metrics, self)

@@ -16,10 +16,9 @@ from .checkpoint import Checkpoint, locate_checkpoint, split_options
 from .loading import load_scorer
 from .preset import Preset
 from .presets import resolve_preset
-from .problem import LAST_USER, ProblemLike, ProblemReader, as_problem
+from .problem import LAST_USER, ProblemLike, ProblemReader
 from .progress import scoring_bar
 from .rendering import Problem, Rendered
-from .texts import check_texts
 from .token_budget import collate, most_forwards, token_batches
 
 
@@ -279,13 +278,6 @@ class RewardModel:
     def _source(self) -> str:
         """What it is called in errors and warnings."""
         return f"{self.kind} reward model '{self.name}'"
-
-    def _check_problems(self, problems: Any) -> list[Problem]:
-        """Problems that a user gives: a list of texts, or of conversations where the rendering takes them."""
-        if isinstance(problems, str) or not isinstance(problems, (list, tuple)):
-            check_texts(problems, "problems")
-        takes_conversations = self.preset.rendering.takes_conversations
-        return [as_problem(one, f"problems[{row}]", takes_conversations) for row, one in enumerate(problems)]
 
     def _problems(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Problem]:
         """The problem of each prompt."""

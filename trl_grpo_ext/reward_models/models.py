@@ -57,7 +57,7 @@ class ProcessRewardModel(RewardModel):
             TypeError: a text where a list of steps or of problems belongs.
             ValueError: an empty step, or another number of problems than of solutions.
         """
-        problems = self._check_problems(problems)
+        problems = self._problem.check(problems)
         if len(problems) != len(steps):
             raise ValueError(f"{len(problems)} problems for {len(steps)} solutions.")
         for index, own in enumerate(steps):
@@ -186,7 +186,7 @@ class OutcomeRewardModel(RewardModel):
         Returns:
             `list[float | None]`: one number for each solution; `None` for one that does not fit into `max_length`.
         """
-        problems = self._check_problems(problems)
+        problems = self._problem.check(problems)
         check_texts(solutions, "solutions")
         if self._takes_all:
             return self._score_texts(problems, solutions)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from ..distributed import is_main_process
+from ..distributed import warn_once
 from ..rewards.types import PreparableSource
 from .base import RewardModel
 from .checkpoint import ADAPTER_PREFIX, Checkpoint, locate_checkpoint, split_options, whole_on_every_process
@@ -124,10 +124,11 @@ def open_reward_models(sources: Sequence[Any], loading: dict[str, Any]) -> list[
 def _warn_of_unused(name: str, options: Mapping[str, Any]) -> None:
     """Say once which options a classifier does not have that TRL loads and feeds."""
     unused = [option for option in _BESIDE_WEIGHTS if option in options]
-    if unused and is_main_process():
-        logger.warning_once(
+    if unused:
+        warn_once(
+            logger,
             f"reward_funcs: '{name}' is a sequence classifier, which TRL loads and feeds itself. It is without "
-            f"{', '.join(unused)}; OutcomeRewardModel.from_pretrained('{name}', ...) takes them. This is said once."
+            f"{', '.join(unused)}; OutcomeRewardModel.from_pretrained('{name}', ...) takes them. This is said once.",
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..distributed import is_main_process
+from ..distributed import warn_once
 from ..steps.segmentation import Segmentation
 from .heads import GatedObjectivesHead, LinearHead, MLPHead
 from .preset import Preset
@@ -287,12 +287,13 @@ def warn_of_assumption(model: str, preset: Preset) -> None:
         preset ([`Preset`]):
             What [`find_preset`] has found.
     """
-    if _preset_by_id(model) is None and is_main_process():
-        logger.warning_once(
+    if _preset_by_id(model) is None:
+        warn_once(
+            logger,
             f"No preset knows '{model}' by its id. By its class, which says nothing of its input, it is taken for "
             f"preset '{preset.name}': {preset.rendering}, steps by {preset.segmentation.by!r}, "
             f"{preset.reading}. If its card says the same, preset='{preset.name}' says so without this warning; else "
-            "give preset= another name, a YAML file or a Preset of your own."
+            "give preset= another name, a YAML file or a Preset of your own.",
         )
 
 

@@ -12,6 +12,7 @@ from ..steps.policy_text import check_text_only, last_user_text, message_text
 from ..tables import import_by_path
 from .chat import special_tokens
 from .rendering import Problem
+from .texts import check_texts
 
 
 logger = logging.get_logger(__name__)
@@ -104,6 +105,12 @@ class ProblemReader:
             return [name for name in self._parameters.required if name != _PROMPT]
         return [] if self._column is None else [self._column]
 
+    def check(self, problems: Any) -> list[Problem]:
+        """Problems that a user gives: a list of texts, or of conversations where the source takes them."""
+        if isinstance(problems, str) or not isinstance(problems, (list, tuple)):
+            check_texts(problems, "problems")
+        return [as_problem(one, f"problems[{row}]", self.takes_conversations) for row, one in enumerate(problems)]
+
     def read(
         self, prompts: Sequence[Any], columns: Mapping[str, Any], source: str, tokenizers: Iterable[Any] = ()
     ) -> list[Problem]:
@@ -146,7 +153,7 @@ class ProblemReader:
                 raise ValueError(f"{where} is the column {self._column!r}, which the data set lacks.")
             return as_problem(columns[self._column], f"{where} (column {self._column!r})", self.takes_conversations)
         if self._function is not None and self._parameters is not None:
-            arguments = self._parameters.select({**columns, _PROMPT: prompt}, where)
+            arguments = self._parameters.select({**columns, _PROMPT: prompt})
             return as_problem(self._function(**arguments), f"{where} (of your function)", self.takes_conversations)
         if self.problem == CONVERSATION and not isinstance(prompt, str):
             return as_problem(prompt, where, takes_conversations=True)

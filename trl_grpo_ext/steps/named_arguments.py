@@ -63,14 +63,8 @@ class NamedParameters(NamedTuple):
                     f"{', '.join(sorted(offered))}."
                 )
 
-    def select(self, offered: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """
-        The offered arguments that the function takes.
-
-        Raises:
-            TypeError: a required one is not offered.
-        """
-        self.check({*offered, "problem"}, where)
+    def select(self, offered: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that the function takes, out of those that are offered; see [`NamedParameters.check`]."""
         return {name: value for name, value in offered.items() if self.takes(name)}
 
 

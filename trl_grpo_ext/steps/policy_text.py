@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..distributed import is_main_process
+from ..distributed import warn_once
 from ..rewards.turns import Turn, find_turns
 from ..rewards.types import StepRewards, plain
 from .alignment import align_tokens, strip_special
@@ -202,22 +202,22 @@ def _steps_of_turns(
 
 def warn_of_thinking(source: str) -> None:
     """Say once that a source judges thinking, where its segmentation does not say that it should."""
-    if is_main_process():
-        logger.warning_once(
-            f"{source}: a completion holds thinking, which is judged with the answer. Say what is to be judged by the "
-            "scope of the segmentation: Segmentation(scope='answer') leaves thinking out, 'thinking' leaves the "
-            "answer out, and 'all' judges both without this warning. This is said once."
-        )
+    warn_once(
+        logger,
+        f"{source}: a completion holds thinking, which is judged with the answer. Say what is to be judged by the "
+        "scope of the segmentation: Segmentation(scope='answer') leaves thinking out, 'thinking' leaves the "
+        "answer out, and 'all' judges both without this warning. This is said once.",
+    )
 
 
 def warn_of_template(source: str) -> None:
     """Say once that solutions stay unjudged because of what the reward model's chat template does with them."""
-    if is_main_process():
-        logger.warning_once(
-            f"{source}: the chat template leaves out or rewrites a step of a solution, as some templates do with "
-            "thinking, so that it is not found in what the model would read. Such solutions stay unjudged. With "
-            "Segmentation(scope='answer') the template is given no thinking. This is said once."
-        )
+    warn_once(
+        logger,
+        f"{source}: the chat template leaves out or rewrites a step of a solution, as some templates do with "
+        "thinking, so that it is not found in what the model would read. Such solutions stay unjudged. With "
+        "Segmentation(scope='answer') the template is given no thinking. This is said once.",
+    )
 
 
 def place_on_tokens(steps: Sequence[Step], scores: Sequence[float | None] | None) -> StepRewards | None:

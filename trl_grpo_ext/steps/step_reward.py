@@ -275,7 +275,8 @@ class StepRewardFunction:
             # Not every prompt has one: the last message may hold an image
             if self._parameters.takes("problem"):
                 offered["problem"] = last_user_text(prompt)
-            completions.append(_Completion(where, steps, self._parameters.select(offered, self._where)))
+            self._parameters.check({*offered, "problem"}, self._where)
+            completions.append(_Completion(where, steps, self._parameters.select(offered)))
         return completions
 
 

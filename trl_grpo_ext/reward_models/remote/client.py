@@ -14,7 +14,7 @@ from ...steps.policy_text import assistant_text, place_on_tokens, policy_steps, 
 from ...steps.segmentation import Segmentation, SegmentationLike, as_segmentation
 from ..preset import Preset
 from ..presets import resolve_preset
-from ..problem import LAST_USER, ProblemLike, ProblemReader, as_problem
+from ..problem import LAST_USER, ProblemLike, ProblemReader
 from ..progress import scoring_bar
 from ..readings import LabelSoftmax
 from ..rendering import Problem, Rendering
@@ -114,11 +114,6 @@ class RemoteRewardModel(RemoteSource):
     def required_columns(self) -> list[str]:
         """The columns that the dataset must have."""
         return self._problem.required_columns
-
-    def _check_problems(self, problems: Any) -> list[Problem]:
-        if isinstance(problems, str) or not isinstance(problems, (list, tuple)):
-            check_texts(problems, "problems")
-        return [as_problem(one, f"problems[{row}]", self._takes_conversations) for row, one in enumerate(problems)]
 
     def _take_preset(self, preset: Preset) -> None:
         if preset.kind != self.kind:
@@ -256,7 +251,7 @@ class RemoteProcessRewardModel(RemoteRewardModel):
             `list[list[float | None] | None]`: per solution as many as it has steps, `None` for a step that the server
             left unscored; `None` instead of the list where the request failed and `on_failure` is `"none"`.
         """
-        problems = self._check_problems(problems)
+        problems = self._problem.check(problems)
         for index, own in enumerate(steps):
             check_texts(own, f"solution {index}")
         ask = self._ask_openrlhf if self.protocol == "openrlhf" else self._ask_vllm
@@ -317,7 +312,7 @@ class RemoteOutcomeRewardModel(RemoteRewardModel):
         self, problems: Sequence[Problem], solutions: Sequence[str], labels: Sequence[Any] | None = None
     ) -> list[Score]:
         """One number per solution, in order; `None` where the server gave none or the request failed."""
-        problems = self._check_problems(problems)
+        problems = self._problem.check(problems)
         check_texts(solutions, "solutions")
         pairs = zip(problems, solutions, strict=True)
         if self.protocol == "vllm":
